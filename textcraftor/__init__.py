@@ -1,0 +1,1 @@
+"""Shared parts of training and evaluation: prompts, models, sampling, checkpoints."""

@@ -1,0 +1,8 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(Exception):
+    """Bad input, said in one line: what was found, what was expected, what to do next.
+
+    Programs turn it into ``sys.exit(f"error: {message}")``; it never shows a traceback.
+    """
