@@ -1,0 +1,65 @@
+"""The parts of a Stable Diffusion model, and its text embeddings."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from textcraftor.errors import UserError
+
+PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+
+
+def check_model(model):
+    """Raise UserError if `model` is neither a whole diffusers folder nor a name that could be a hub id."""
+    folder = Path(model)
+    if folder.is_dir():
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise UserError(f"{model}: not a whole Stable Diffusion folder: no {', '.join(missing)}/ in it")
+    elif folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+        raise UserError(
+            f"{model}: no such model folder. Stable Diffusion v1.5 belongs there: "
+            f"hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {model} "
+            "(or name another folder or a hub id with --model, or train the one that ships here: --model miniature)"
+        )
+
+
+def load_model(model):
+    """Load a diffusers folder or hub id -> (tokenizer, text_encoder, unet, vae, scheduler config).
+
+    The three networks are fp32 whatever their files hold, in eval mode, and frozen.
+    Raises UserError if there is no such model or a part of it lacks weights.
+    """
+    where = {"local_files_only": Path(model).is_dir()}
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
+        scheduler_config = DDIMScheduler.load_config(model, subfolder="scheduler", **where)
+        networks = []
+        for part, kind, dtype in (
+            ("text_encoder", CLIPTextModel, "dtype"),
+            ("unet", UNet2DConditionModel, "torch_dtype"),
+            ("vae", AutoencoderKL, "torch_dtype"),
+        ):
+            network, info = kind.from_pretrained(
+                model, subfolder=part, output_loading_info=True, **{dtype: torch.float32}, **where
+            )
+            if info["missing_keys"]:
+                raise UserError(f"{model}/{part}: its weights lack {sorted(info['missing_keys'])[0]} and perhaps more")
+            networks.append(network.eval().requires_grad_(False))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{model}: could not be loaded: {str(problem).strip().splitlines()[0]}") from problem
+    return tokenizer, *networks, dict(scheduler_config)
+
+
+def encode_prompts(tokenizer, text_encoder, prompts):
+    """B prompts -> text embeddings (B, L, D): the last hidden state, prompts padded or cut to the model's L tokens."""
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return text_encoder(tokens.to(text_encoder.device)).last_hidden_state
+
+
+def count_cut(tokenizer, prompts):
+    """How many of the prompts are longer than the model's tokens and so lose their end."""
+    lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
+    return sum(length > tokenizer.model_max_length for length in lengths)
