@@ -1,0 +1,68 @@
+"""The LAION aesthetic score, about 0-10: a CLIP ViT-L/14 image embedding of unit length through five linear layers."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rewards.base import Reward, at_least_fp32
+from rewards.towers import find_tower, load_open_clip, missing_file, missing_tower
+from textcraftor.errors import UserError
+from textcraftor.weights import load_strictly, read_weights
+
+HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+TOWER = ("ViT-L-14-quickgelu", "openai")
+LAYERS = ("0", "2", "4", "6", "7")  # the file numbers the dropouts between them too; they do nothing at test time
+
+
+class Aesthetic(Reward):
+    """Ignores the prompts; the text tower is not kept."""
+
+    name = "aesthetic"
+    scale = 3.0
+
+    def __init__(self, visual: nn.Module, head: nn.Module):
+        super().__init__()
+        self.tower, self.head = visual, head
+        self.image_size = visual.image_size
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels)
+
+    def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
+        with torch.autocast(image_features.device.type, enabled=False):
+            return self.head(image_features).squeeze(-1)
+
+
+def missing(root: Path) -> list[str]:
+    """One line for each file that is not there."""
+    path = root / "aesthetic" / HEAD
+    url = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+    return missing_file(path, f"curl -L -o '{path}' {url}") + missing_tower(root / "aesthetic" / "clip", *TOWER)
+
+
+def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Aesthetic:
+    """The aesthetic reward; UserError if the weights do not fit, or the head does not fit the tower."""
+    visual = load_open_clip(*find_tower(root / "aesthetic" / "clip", *TOWER)).visual
+    path = root / "aesthetic" / HEAD
+    head = load_head(path)
+    if head[0].in_features != visual.output_dim:
+        raise UserError(
+            f"{path} takes image embeddings of {head[0].in_features} numbers, the tower gives {visual.output_dim}; "
+            "put the head and the tower of one model there"
+        )
+    return Aesthetic(visual, head.to(at_least_fp32(dtype))).frozen(device, dtype)
+
+
+def load_head(path: Path) -> nn.Sequential:
+    """The linear layers of the file, widths as in the file (768-1024-128-64-16-1 in the released one), fp32."""
+    state = read_weights(path)
+    weights = [state.get(f"layers.{layer}.weight") for layer in LAYERS]
+    if any(weight is None or weight.ndim != 2 for weight in weights):
+        expected = ", ".join(f"layers.{layer}.weight" for layer in LAYERS)
+        raise UserError(f"{path} is no aesthetic head: it holds {', '.join(state) or 'nothing'}; expected {expected}")
+    layers = [nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights]
+    head = nn.Sequential(OrderedDict(zip(LAYERS, layers, strict=True)))
+    load_strictly(head, {name.removeprefix("layers."): weight for name, weight in state.items()}, path)
+    return head

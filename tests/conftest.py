@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests; nothing here touches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def rewards_root(tmp_path_factory):
+    """A folder with tiny weights of all four rewards; not to be written to."""
+    return tiny.make_rewards(tmp_path_factory.mktemp("rewards"))
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory):
+    """A tiny diffusers folder in SD v1.5's format; not to be written to."""
+    return tiny.make_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))
