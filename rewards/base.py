@@ -74,8 +74,8 @@ class Reward(nn.Module):
             }
         features = torch.stack([fresh[p] if p in fresh else self._text_cache[p].to(weight.device) for p in prompts])
         self._text_cache |= {prompt: feature.cpu() for prompt, feature in fresh.items()}
-        for prompt in list(self._text_cache)[: max(0, len(self._text_cache) - CACHED_PROMPTS)]:
-            del self._text_cache[prompt]
+        while len(self._text_cache) > CACHED_PROMPTS:
+            del self._text_cache[next(iter(self._text_cache))]  # the oldest
         return features
 
     def frozen(self, device: torch.device | str, dtype: torch.dtype) -> "Reward":
