@@ -68,12 +68,10 @@ class Reward(nn.Module):
         self._warn_if_cut(new)
         # One by one: the last bits of a batched product depend on the batch, and so would a resumed run.
         with torch.autocast(weight.device.type, enabled=False):
-            fresh = {
-                prompt: normalize(self.encode_text(self.tokenize([prompt], self.context_length).to(weight.device)))[0]
-                for prompt in new
-            }
-        features = torch.stack([fresh[p] if p in fresh else self._text_cache[p].to(weight.device) for p in prompts])
-        self._text_cache |= {prompt: feature.cpu() for prompt, feature in fresh.items()}
+            for prompt in new:
+                tokens = self.tokenize([prompt], self.context_length).to(weight.device)
+                self._text_cache[prompt] = normalize(self.encode_text(tokens))[0].cpu()
+        features = torch.stack([self._text_cache[prompt] for prompt in prompts]).to(weight.device)
         while len(self._text_cache) > CACHED_PROMPTS:
             del self._text_cache[next(iter(self._text_cache))]  # the oldest
         return features

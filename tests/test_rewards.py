@@ -132,10 +132,17 @@ def test_released_aesthetic_head():
     np.testing.assert_allclose(score, linear_layers(state, features), rtol=1e-5)
 
 
-def test_real_architectures_have_the_activations_their_weights_were_trained_with():
-    assert open_clip.get_model_config(aesthetic.TOWER[0])["quick_gelu"]
-    for name in ("ViT-g-14", "ViT-H-14"):
-        assert "quick_gelu" not in open_clip.get_model_config(name)
+@pytest.mark.parametrize(
+    "name, embedding, activation",
+    [("ViT-g-14", 1024, "GELU"), ("ViT-H-14", 1024, "GELU"), (aesthetic.TOWER[0], 768, "QuickGELU")],
+)
+def test_real_architectures_are_those_of_the_released_weights(name, embedding, activation):
+    with torch.device("meta"):
+        model = open_clip.CLIP(**open_clip.get_model_config(name))
+    assert model.visual.image_size == (224, 224)
+    assert (model.visual.output_dim, model.context_length, model.vocab_size) == (embedding, 77, 49408)
+    assert activation in {type(module).__name__ for module in model.modules()}
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in model.state_dict()
 
 
 def test_quick_gelu_is_taken_from_the_configuration(rewards_root, tmp_path):
