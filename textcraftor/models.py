@@ -2,13 +2,22 @@
 
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from textcraftor.errors import UserError
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+
+
+def quiet_libraries():
+    """Leave the screen to the program's own lines: no bars while weights load, errors only."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def check_model(model):
@@ -60,6 +69,6 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 
 
 def count_cut(tokenizer, prompts):
-    """How many of the prompts are longer than the model's tokens and so lose their end."""
+    """How many of the prompts have more tokens than the model takes, and lose their end."""
     lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)

@@ -1,10 +1,8 @@
-"""Prompt files, and the endless seeded stream of prompts that training draws from."""
+"""Prompt files: the prompts of a csv, tsv, txt, jsonl or parquet file."""
 
-import functools
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from textcraftor.errors import UserError
@@ -21,11 +19,8 @@ def read_prompts(path):
     Returns (prompts in the file's order, {"empty": count, "duplicate": count}).
     Raises UserError if there is no such file, it cannot be read, has no rows, or holds no usable prompt.
     """
+    check_prompts(path)
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: cannot tell the format of this prompt file; expected one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such prompt file; name one of your own with --prompts (a column `prompt`)")
     try:
         rows = _read_rows(path)
     except (ValueError, OSError, AttributeError) as problem:
@@ -38,6 +33,31 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"{path}: no usable prompts, all {len(rows)} rows are empty; expected a column `prompt`")
     return prompts, {"empty": len(rows) - len(filled), "duplicate": len(filled) - len(prompts)}
+
+
+def hold_out(prompts, held_out, count):
+    """Split into prompts to train on and at most `count` to look at: the first of `held_out`, else those of `prompts`.
+
+    Returns (training prompts, held-out prompts), with none in both. Raises UserError if either would be empty.
+    """
+    held_out = (held_out or prompts[: len(prompts) // 2])[:count]
+    apart = set(held_out)
+    prompts = [prompt for prompt in prompts if prompt not in apart]
+    if not prompts or not held_out:
+        raise UserError("no prompts left to train on beside those held out; give more, or others with --val_prompts")
+    return prompts, held_out
+
+
+def check_prompts(path):
+    """Raise UserError unless `path` is a file of a format that read_prompts knows."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such prompt file; training takes a csv with a column `prompt` (krea.ai's Open Prompts in the "
+            "paper), or any csv, tsv, txt, jsonl or parquet file of yours"
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: unknown format of a prompt file; expected one of {', '.join(SUFFIXES)}")
 
 
 def _read_rows(path):
@@ -70,20 +90,3 @@ def _column(names):
 
 def _fill(value):
     return "" if value is None else value
-
-
-class PromptStream:
-    """Sample n of training, for every n ≥ 0: its prompt, from a fresh seeded order of all prompts in each epoch.
-
-    Depends on (prompts, seed, n) alone, so neither the batch size nor the number of processes changes a sample.
-    """
-
-    def __init__(self, prompts, seed):
-        self.prompts = prompts
-        self.order = functools.lru_cache(maxsize=1)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(prompts))
-        )
-
-    def __getitem__(self, n):
-        epoch, position = divmod(n, len(self.prompts))
-        return self.prompts[self.order(epoch)[position]]

@@ -1,0 +1,80 @@
+"""Command-line options from a table, with errors of one line."""
+
+import argparse
+import math
+
+from textcraftor.errors import UserError
+
+
+def make_parser(description, options):
+    """A parser of options (name, default, comment); a name is understood with `_` and with `-`.
+
+    The default gives the type; False makes a switch, [] an option that may be repeated, and a tuple a choice among its
+    entries, the first being the default. What is wrong on a command line raises UserError.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for name, default, comment in options:
+        bare = name.removeprefix("--")
+        spellings = dict.fromkeys([name, f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"])
+        how = {"default": default, "metavar": "X", "help": f"{comment} (default: {default or 'none'})"}
+        if default is False:
+            how = {"action": "store_true", "help": comment}
+        elif default == []:
+            how |= {"action": "append"}
+        elif isinstance(default, tuple):
+            how |= {"choices": default, "default": default[0], "help": f"{comment} (default: {default[0] or 'none'})"}
+        else:
+            how |= {"type": type(default)}
+        parser.add_argument(*spellings, dest=bare.replace("-", "_"), **how)
+
+    def fail(message):
+        raise UserError(f"{message} (--help lists all options)")
+
+    parser.error = fail
+    return parser
+
+
+def require(args, bounds):
+    """Raise UserError unless every option is finite and at least its bound: {"names apart by spaces": bound}."""
+    for names, bound in bounds.items():
+        for name in names.split():
+            if not bound <= getattr(args, name) < math.inf:
+                raise UserError(f"--{name} {getattr(args, name)}: must be at least {bound}")
+
+
+def reward_specs(named, own, monitors):
+    """Rewards in use and monitors, from their options.
+
+    named: {reward name: weight}; own: ["path/to/file.py:function=weight"]; monitors: ["name,path/to/file.py:function"].
+    Returns ({name or path/to/file.py:function: weight}, [the same of monitors]), rewards of weight 0 left out and no
+    reward in both. Raises UserError for what cannot be read and if no weight is left.
+    """
+    weighted = dict(named)
+    for option in own:
+        spec, _, weight = option.rpartition("=")
+        try:
+            weighted[spec] = float(weight)
+        except ValueError:
+            raise UserError(f"--reward {option}: expected path/to/file.py:function=weight") from None
+    weighted = {spec: weight for spec, weight in weighted.items() if weight}
+    if not weighted:
+        raise UserError("all reward weights are 0: nothing to train for; give one a weight, say --hpsv2 1")
+    monitored = [spec for option in monitors for spec in option.split(",") if spec and spec not in weighted]
+    for spec in monitored:
+        if spec not in named and ":" not in spec:
+            raise UserError(f"--monitor {spec}: expected {', '.join(named)} or path/to/file.py:function")
+    return weighted, list(dict.fromkeys(monitored))
+
+
+def check_all(checks):
+    """Call each (check, *arguments) and raise the UserErrors of all of them as one."""
+    problems = []
+    for check, *arguments in checks:
+        try:
+            check(*arguments)
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n  ".join(problems))

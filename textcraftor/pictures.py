@@ -1,0 +1,108 @@
+"""Pictures of a run: captioned sample grids, before and after, and the reward curves, as PNG files."""
+
+import math
+import os
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image, ImageDraw, ImageFont
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+MARGIN, LINE = 12, 18  # pixels
+CURVE_WINDOW = 20  # steps that the thick line averages
+
+
+def sample_grid(images, prompts, scores, step, path):
+    """Images (N, 3, H, W) uint8, each over its prompt and total, the means of the scores in the title.
+
+    scores: {name: (M,)} of the M >= N prompts, among them "total".
+    """
+    captions = [f"{prompt}\ntotal {score:.2f}" for prompt, score in zip(prompts, scores["total"], strict=True)]
+    means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
+    _grid([[image] for image in images], captions[: len(images)], f"step {step} · {means}", path)
+
+
+def before_after_grid(before, after, prompts, step, path):
+    """Pairs of images, before left and after right, each over its prompt; before, after: (scores, images) as above."""
+    (first, first_images), (last, last_images) = before, after
+    totals = zip(prompts, first["total"], last["total"], strict=True)
+    captions = [f"{prompt}\ntotal {x:.2f} → {y:.2f}" for prompt, x, y in totals]
+    means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
+    title = f"before (left) and after {step} steps (right) · {means}"
+    _grid(list(zip(first_images, last_images, strict=True)), captions[: len(first_images)], title, path)
+
+
+def _grid(groups, captions, title, path):
+    """Cells of images side by side with a caption below; small images are enlarged to about 192 pixels."""
+    height, width = groups[0][0].shape[-2:]
+    zoom = max(1, math.ceil(192 / height))
+    height, width, many = height * zoom, width * zoom, len(groups[0])
+    cell = many * width + (many - 1) * 4
+    columns = max(1, min(len(groups), round(math.sqrt(len(groups) * 2 * height / cell))))
+    small, large = ImageFont.truetype(FONT, 13), ImageFont.truetype(FONT, 17)
+    letters = max(12, int(cell / small.getlength("n")))
+    texts = [_wrap(caption, letters) for caption in captions]
+    heading = textwrap.wrap(title, int(columns * (cell + MARGIN) / large.getlength("n")))
+    top = MARGIN + len(heading) * 24
+    row_height = height + max(map(len, texts)) * LINE + 2 * MARGIN
+    rows = math.ceil(len(groups) / columns)
+    page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, top + rows * row_height + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    draw.multiline_text((MARGIN, MARGIN), "\n".join(heading), "black", large)
+    for index, (group, text) in enumerate(zip(groups, texts, strict=True)):
+        x = MARGIN + index % columns * (cell + MARGIN)
+        y = top + MARGIN + index // columns * row_height
+        for number, pixels in enumerate(group):
+            image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.BICUBIC)
+            page.paste(image, (x + number * (width + 4), y))
+        draw.multiline_text((x, y + height + 4), "\n".join(text), "black", small)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    unfinished = f"{path}.tmp"
+    page.save(unfinished, "PNG")
+    os.replace(unfinished, path)
+
+
+def _wrap(caption, letters, most=5):
+    """Each line of the caption folded to `letters`; a prompt of more than `most` lines ends with an ellipsis."""
+    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, letters)]
+    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][: letters - 2]} …"]
+
+
+def reward_curves(rows, trained, monitors, path):
+    """One panel for the weighted total, each reward in use, each monitor and the gradient norm, from metrics rows.
+
+    Training: every step thin, their running mean thick. Held-out prompts: dots, and a line at the value before.
+    """
+    names = ["total", *trained, *monitors, "grad_norm"]
+    columns = min(3, len(names))
+    figure, axes = plt.subplots(
+        math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        if points:
+            steps, values = zip(*points, strict=True)
+            window = [values[max(0, end - CURVE_WINDOW) : end] for end in range(1, len(values) + 1)]
+            axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
+            axis.plot(steps, [sum(w) / len(w) for w in window], color="C0", label=f"mean of {CURVE_WINDOW} steps")
+        held_out = [(row["step"], row[f"val_{name}"]) for row in rows if f"val_{name}" in row]
+        if held_out:
+            axis.axhline(held_out[0][1], color="C1", linestyle=":", linewidth=1.2, label="held out, before")
+            axis.plot(*zip(*held_out, strict=True), "o-", color="C1", markersize=4, label="held out, as at test time")
+        note = " (monitor, never trained on)" if name in monitors else ""
+        axis.set_title({"total": "weighted total", "grad_norm": "gradient norm"}.get(name, name) + note, fontsize=11)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=8)
+    unfinished = f"{path}.tmp"
+    figure.savefig(unfinished, format="png", dpi=130)
+    plt.close(figure)
+    os.replace(unfinished, path)

@@ -1,0 +1,59 @@
+"""Scores and pictures on fixed held-out prompts and noise, made as at test time."""
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+
+from textcraftor.checkpoints import save_tensors
+from textcraftor.sampling import prompt_noise
+
+TEST_GRAD_STEPS = 15  # at test time the tuned encoder drives this many last steps (of 25)
+NOISE_SEED = 2023  # fixed, so that runs with different --seed are compared on the same noise
+
+
+@torch.no_grad()
+def validate(accelerator, generate, rewards, monitors, prompts, batch_size, keep):
+    """Score the images of held-out prompts, each from its own fixed noise.
+
+    generate: (prompts, indices) -> images (B, 3, H, W) in [0, 1]; rewards: a RewardSum; monitors: rewards that are
+    scored only. The batches are shared among the processes.
+    Returns ({name: (N,) float64 scores, unscaled; "total": their weighted sum}, first `keep` images, uint8 on the CPU).
+    """
+    starts = range(0, len(prompts), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    parts = []
+    for start in starts:
+        batch = prompts[start : start + batch_size]
+        images = generate(batch, range(start, start + len(batch)))
+        total, scores = rewards(images, batch)
+        scores = {"total": total, **scores, **{monitor.name: monitor(images, batch) for monitor in monitors}}
+        pixels = (images[: max(0, keep - start)] * 255).round().to(torch.uint8).cpu()
+        parts.append((start, {name: score.double().cpu() for name, score in scores.items()}, pixels))
+    parts = sorted(gather_object(parts), key=lambda part: part[0])
+    scores = {name: torch.cat([scores[name] for _, scores, _ in parts]) for name in parts[0][1]}
+    return scores, torch.cat([pixels for _, _, pixels in parts])
+
+
+def validation_noise(indices, shape):
+    """The fixed noise of held-out prompts (B, *shape)."""
+    return prompt_noise(NOISE_SEED, indices, shape)
+
+
+def save_look(scores, images, path):
+    """Keep what validate returned."""
+    save_tensors({"images": images, **{f"score {name}": score for name, score in scores.items()}}, path)
+
+
+def load_look(path):
+    """What save_look kept, (scores, images)."""
+    tensors = load_file(path)
+    images = tensors.pop("images")
+    return {name.removeprefix("score "): score for name, score in tensors.items()}, images
+
+
+def comparison(before, after):
+    """A table of mean scores before and after; both {name: (N,)}, of the same prompts and noise."""
+    lines = [f"{'held out':<16}{'before':>10}{'after':>10}{'change':>10}"]
+    for name in after:
+        first, second = before[name].mean().item(), after[name].mean().item()
+        lines.append(f"{name:<16}{first:>10.4f}{second:>10.4f}{second - first:>+10.4f}")
+    return "\n".join(lines)

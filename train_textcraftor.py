@@ -1,0 +1,341 @@
+"""
+TextCraftor: reward fine-tuning of the text encoder (and, afterwards, the UNet) of Stable Diffusion, from prompts alone.
+https://arxiv.org/abs/2403.18978
+
+The paper's run, on every GPU of this machine (the same as `sh run_textcraftor.sh`):
+$ accelerate launch train_textcraftor.py --prompts openprompts.csv --output-path output/text
+
+The small Stable Diffusion that ships with this repository, on a CPU, in minutes:
+$ python train_textcraftor.py --model miniature
+
+The second stage, the UNet under the tuned text encoder:
+$ accelerate launch train_textcraftor.py --text_path output/text/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
+      --batch-size 1 --output-path output/unet
+
+Go on after an interruption: the same command and
+$ ... --resume
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from itertools import takewhile
+from pathlib import Path
+
+from textcraftor.errors import UserError
+from textcraftor.options import check_all, make_parser, require, reward_specs
+from textcraftor.record import Record, check_folder
+
+REPOSITORY = Path(__file__).resolve().parent
+REWARDS = ("clip", "aesthetic", "pickscore", "hpsv2")
+WINDOW = 20  # steps that the progress line averages
+GRID = 8  # held-out prompts on the pictures
+MOST_SKIPS = 10  # updates skipped in a row that end the run
+
+# fmt: off
+OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
+    ("--model",            "./stable-diffusion-v1-5", "folder, hub id, or `miniature` (has its own defaults)"),
+    ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
+    ("--text_path",        "",                        "tuned text encoder to start from (to keep, with --lr_text 0)"),
+    ("--prompts",          "openprompts.csv",         "csv, tsv, txt, jsonl, parquet; column `prompt`, else the first"),
+    ("--val_prompts",      "",                        "held-out prompts; none: the first of --prompts are held out"),
+    ("--val_count",        16,                        "how many held-out prompts are sampled and scored"),
+    ("--output-path",      "output",                  "for weights, metrics.csv, pictures and what --resume needs"),
+    # What to reward.
+    ("--clip",             0.5,                       "weight of the CLIP score; 0 = never loaded, as for all rewards"),
+    ("--aesthetic",        1.0,                       "weight of the aesthetic score"),
+    ("--pickscore",        1.0,                       "weight of PickScore"),
+    ("--hpsv2",            1.0,                       "weight of HPS v2"),
+    ("--reward",           [],                        "your own: path/to/file.py:function=weight (repeatable)"),
+    ("--monitor",          [],                        "names or path/to/file.py:function, scored, never trained on"),
+    # What to train.
+    ("--lr_text",          1e-6,                      "learning rate of the text encoder, 0 = frozen"),
+    ("--lr_unet",          0.0,                       "learning rate of the UNet, 0 = frozen"),
+    ("--lr_warmup_steps",  0,                         "steps in which the learning rates rise to these"),
+    ("--max_grad_norm",    0.0,                       "cut the gradient to this norm, 0 = never"),
+    # How to sample.
+    ("--step",             25,                        "T, DDIM steps"),
+    ("--grad_steps",       5,                         "K, last steps, under the trained weights and with gradient"),
+    ("--guidance",         7.5,                       "classifier-free guidance scale"),
+    ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
+    # How long, how often, and on what.
+    ("--batch-size",       4,                         "prompts a step and process"),
+    ("--epochs",           1,                         "passes over the prompts"),
+    ("--max_steps",        10_000,                    "end after so many steps, 0 = after --epochs"),
+    ("--sample_every",     100,                       "steps from one sample picture to the next, 0 = none"),
+    ("--val_every",        100,                       "steps from one validation to the next, 0 = first and last"),
+    ("--save_every",       250,                       "steps from one checkpoint to the next, 0 = last"),
+    ("--resume",           False,                     "go on with the run in --output-path"),
+    ("--seed",             0,                         "of the order of the prompts and of the noise"),
+    ("--mixed_precision",  ("no", "fp16", "bf16"),    "what the networks compute in"),
+    ("--report_to",        ("", "tensorboard", "wandb"), "tracker that gets metrics.csv's rows too"),
+    ("--workers",          0,                         "processes that prepare batches, 0 = this one does"),
+)
+# fmt: on
+# What may differ when a run is resumed; the rest would make it another run.
+FREE_ON_RESUME = {"resume", "output_path", "weights", "workers", "report_to", "batch_size", "epochs", "max_steps"}
+FREE_ON_RESUME |= {"sample_every", "val_every", "save_every"}
+
+
+def parse_arguments(argv=None):
+    """Command line -> options. `--model miniature` brings its own defaults; flags that are given win."""
+    argv = ["--workers" if word == "-j" else word for word in (sys.argv[1:] if argv is None else argv)]
+    parser = make_parser(__doc__, OPTIONS)
+    args = parser.parse_args(argv)
+    if args.model == "miniature":
+        folder = REPOSITORY / "miniature"
+        defaults = json.loads((folder / "defaults.json").read_text())
+        for name in {"prompts", "val_prompts"} & defaults.keys():
+            defaults[name] = str(REPOSITORY / defaults[name])
+        parser.set_defaults(weights=str(folder), **defaults)
+        args = parser.parse_args(argv)
+        args.model = str(folder / "stable-diffusion")
+    return args
+
+
+def check_arguments(args):
+    """Raise UserError, one line, for options that make no sense."""
+    require(args, {
+        "step grad_steps batch_size epochs val_count": 1,
+        "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps seed workers sample_every val_every save_every": 0,
+    })  # fmt: skip
+    if not args.grad_steps <= args.step <= 1000:
+        raise UserError(
+            f"--grad_steps {args.grad_steps} --step {args.step}: the steps with gradient are the last ones of all, "
+            "so grad_steps <= step <= 1000"
+        )
+    if args.lr_text == args.lr_unet == 0:
+        raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; give one of them a learning rate, say 1e-6")
+    if args.report_to and importlib.util.find_spec(args.report_to) is None:
+        raise UserError(f"--report_to {args.report_to}: is not installed; pip install {args.report_to}")
+    check_folder(args.output_path, args.resume)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    weighted, monitored = reward_specs({name: getattr(args, name) for name in REWARDS}, args.reward, args.monitor)
+    output = Path(args.output_path)
+
+    # Imported only now: whatever is wrong above is said at once.
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from rewards import RewardSum, check_files, load_function, load_reward
+    from textcraftor import checkpoints, pictures
+    from textcraftor.interrupts import stop_signals
+    from textcraftor.models import check_model, count_cut, encode_prompts, load_model, quiet_libraries
+    from textcraftor.prompts import check_prompts, hold_out, read_prompts
+    from textcraftor.sampling import decode, guidance_pair, make_scheduler, sample_latents
+    from textcraftor.stream import PromptStream, batches
+    from textcraftor.validation import TEST_GRAD_STEPS, comparison, load_look, save_look, validate, validation_noise
+
+    # Files: all that is missing in one message, then the prompts.
+    checks = [(check_model, args.model), (check_prompts, args.prompts)]
+    checks += [(check_prompts, args.val_prompts)] if args.val_prompts else []
+    checks += [(checkpoints.check_weights, args.text_path)] if args.text_path else []
+    checks += [(check_files, [spec for spec in (*weighted, *monitored) if spec in REWARDS], args.weights)]
+    quiet_libraries()
+    check_all(checks)
+    prompts, dropped = read_prompts(args.prompts)
+    prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
+
+    # Processes and precision. DistributedDataParallel is not used: it expects a network to run once per backward pass,
+    # but the UNet runs K times and, checkpointed, K times more. Gradients are averaged by hand, below.
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    global_batch = args.batch_size * accelerator.num_processes
+    last_step = min(math.ceil(args.epochs * len(prompts) / global_batch), args.max_steps or 10**9)
+    set_seed(args.seed)
+    accelerator.print(
+        f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
+        f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
+    )
+
+    # Model. Low precision is for what is frozen; the original text encoder stays comparable with the tuned one.
+    tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
+    text_encoder = copy.deepcopy(original_encoder) if args.lr_text or args.text_path else original_encoder
+    if args.text_path:
+        checkpoints.load_text_encoder(text_encoder, args.text_path)
+    original_encoder.to(device)
+    text_encoder.to(device)
+    vae.to(device, low_precision)
+    unet.to(device, torch.float32 if args.lr_unet else low_precision)
+    scheduler = make_scheduler(scheduler_config, args.step)
+    latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    with torch.no_grad():
+        unconditional = encode_prompts(tokenizer, original_encoder, [""])
+
+    def generate(prompts, noise, grad_steps):
+        """B prompts and their noise (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains."""
+        with accelerator.autocast():
+            with torch.no_grad():
+                conditional = encode_prompts(tokenizer, original_encoder, prompts)
+                original = tuned = guidance_pair(torch.cat([unconditional, conditional]))
+            if text_encoder is not original_encoder:
+                tuned = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
+                tuned = torch.lerp(original, tuned, args.prompt_weighting)
+            z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps)
+            return decode(vae, z).float()
+
+    # Rewards, and monitors. fp16 would lose the third decimal of a PickScore.
+    def load(spec):
+        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+        return load_function(spec) if ":" in spec else load_reward(spec, args.weights, device, dtype)
+
+    rewards = RewardSum([(load(spec), weight) for spec, weight in weighted.items()])
+    monitors = [load(spec) for spec in monitored]
+
+    # What trains: the name of its files -> network, learning rate, how it is written.
+    trained = {"tc_text": (text_encoder, args.lr_text, checkpoints.save_text_encoder)} if args.lr_text else {}
+    trained |= {"tc_unet": (unet, args.lr_unet, checkpoints.save_unet)} if args.lr_unet else {}
+    groups = [{"params": list(net.requires_grad_().parameters()), "lr": lr} for net, lr, _ in trained.values()]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
+    for network, _, _ in trained.values():
+        accelerator.prepare_model(network, evaluation_mode=True)  # not wrapped, but part of the saved state
+
+    def write_weights(suffix=""):
+        for name, (network, _, write) in trained.items():
+            write(network, output / f"{name}{suffix}.safetensors")
+
+    def save(step):
+        if is_main:
+            write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
+            write_weights()
+        checkpoints.save_state(accelerator, output / "resume", step)
+
+    # Start, or go on after the last checkpoint.
+    names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
+    columns = ["step", "epoch", "total", *names, "grad_norm", "skipped", "cut", "seconds", "images_per_second"]
+    columns += [f"val_{name}" for name in ("total", *names, *monitor_names)]
+    options = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    options |= {"images a step": global_batch}
+    record, first_step = Record(output, columns, writes=is_main), 0
+    if args.resume:
+        state, first_step = checkpoints.last_state(output / "resume")
+        record.resume(options, first_step)
+        accelerator.print(f"going on after step {first_step} of the run in {output}")
+        if state:
+            accelerator.load_state(str(state))
+    else:
+        record.start(options)
+    if args.report_to:
+        accelerator.init_trackers("textcraftor", {name: str(value) for name, value in options.items()})
+
+    def look(step, count):
+        """Score `count` held-out prompts, made as at test time, and show the first; keep the weights if the best."""
+
+        def make(batch, indices):
+            return generate(batch, validation_noise(indices, latent_shape), min(args.step, TEST_GRAD_STEPS))
+
+        scores, images = validate(accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID)
+        if is_main and count == len(held_out) and scores["total"].mean() > record.best("val_total"):
+            write_weights("_best")
+        if is_main and args.sample_every:
+            path = output / "samples" / f"step_{step:06d}.png"
+            pictures.sample_grid(images, held_out[:count], scores, step, path)
+        return scores, images
+
+    # Before training: the first look is kept on disk for the comparison at the end, also of a resumed run.
+    before_path = output / "resume" / "before.safetensors"
+    if not record.rows:
+        scores, images = look(0, len(held_out))
+        if is_main:
+            save_look(scores, images, before_path)
+        record.add({"step": 0} | {f"val_{name}": score.mean().item() for name, score in scores.items()})
+
+    # Train.
+    stream = PromptStream(prompts, args.seed, latent_shape)
+    mine = list(batches(first_step, last_step, args.batch_size, accelerator.process_index, accelerator.num_processes))
+    bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
+    after = None
+    with stop_signals() as stop, bar:
+        loader = DataLoader(stream, batch_sampler=mine, num_workers=args.workers)
+        for step, batch in enumerate(loader, first_step + 1):
+            began = time.perf_counter()
+
+            # Sample, score, and the gradient of loss = -sum of weighted rewards.
+            images = generate(batch["prompt"], batch["noise"], args.grad_steps)
+            total, scores = rewards(images, batch["prompt"])
+            if not total.requires_grad:
+                raise UserError("no reward in use is differentiable in the images: nothing to learn from")
+            accelerator.backward(-total.mean())
+            for parameter in parameters if accelerator.num_processes > 1 else ():
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+
+            # Means over all processes, from which each of them decides the same.
+            cut = count_cut(tokenizer, batch["prompt"]) * accelerator.num_processes
+            here = [total.detach().mean(), *(scores[name].mean() for name in names)]
+            here += [torch.tensor(float(value), device=device) for value in (cut, len(stop))]
+            *means, cut, stopping = accelerator.gather(torch.stack(here)[None]).mean(dim=0).tolist()
+
+            # Update, unless loss or gradient are not finite.
+            skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
+            for group, (_, rate, _) in zip(optimizer.param_groups, trained.values(), strict=True):
+                group["lr"] = rate * min(1, step / max(1, args.lr_warmup_steps))
+            if not skip:
+                optimizer.step()
+            elif accelerator.scaler:
+                accelerator.scaler.update()
+            optimizer.zero_grad()
+
+            # Write down.
+            seconds = time.perf_counter() - began
+            row = {"step": step, "epoch": step * global_batch / len(prompts), "seconds": seconds, "cut": cut}
+            row |= {"images_per_second": global_batch / seconds, "grad_norm": grad_norm, "skipped": skip}
+            row |= dict(zip(["total", *names], means, strict=True))
+            if step == last_step or (args.val_every and step % args.val_every == 0):
+                after = look(step, len(held_out))
+                row |= {f"val_{name}": score.mean().item() for name, score in after[0].items()}
+                bar.write(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in after[0].items()))
+            elif args.sample_every and step % args.sample_every == 0:
+                look(step, min(GRID, len(held_out)))
+            record.add(row)
+            accelerator.log(row, step=step)
+            bar.update()
+            bar.set_postfix_str(record.line(["total", *names], WINDOW))
+
+            # Stop, save.
+            skips = len(list(takewhile(lambda row: row["skipped"], reversed(record.rows[1:]))))
+            if skip:
+                bar.write(f"step {step}: total {means[0]}, gradient norm {grad_norm}: skipped, {skips} in a row")
+            end = stopping or skips >= MOST_SKIPS or step == last_step
+            if end or (args.save_every and step % args.save_every == 0):
+                save(step)
+            if skips >= MOST_SKIPS:
+                raise UserError(f"{skips} steps in a row were not finite; the last good weights are saved in {output}")
+            if stopping:
+                accelerator.print(f"stopped after step {step}, all saved; go on with the same command and --resume")
+                return
+
+    # Results.
+    after = after or look(last_step, len(held_out))
+    if is_main:
+        before = load_look(before_path)
+        pictures.before_after_grid(before, after, held_out, last_step, output / "before_after.png")
+        pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
+        print(comparison(before[0], after[0]))
+        skipped, cut = (sum(row.get(name, 0) for row in record.rows) for name in ("skipped", "cut"))
+        print(f"{skipped:.0f} steps skipped; {cut:.0f} prompts were longer than the text encoder reads, and cut")
+        for name in (*(f"{name}.safetensors" for name in trained), "before_after.png", "curves.png", "metrics.csv"):
+            print(output / name)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # the launcher ends all processes after the first: let rank 0 say it
+        sys.exit(f"error: {error}")
