@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -21,35 +22,42 @@ def sample_grid(images, prompts, scores, step, path):
 
     scores: {name: (M,)} of the M >= N prompts, among them "total".
     """
-    captions = [f"{prompt}\ntotal {score:.2f}" for prompt, score in zip(prompts, scores["total"], strict=True)]
+    notes = [f"total {score:.2f}" for score in scores["total"]]
     means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
-    _grid([[image] for image in images], captions[: len(images)], f"step {step} · {means}", path)
+    _grid([[image] for image in images], prompts, notes, f"step {step} · {means}", path)
 
 
 def before_after_grid(before, after, prompts, step, path):
     """Pairs of images, before left and after right, each over its prompt; before, after: (scores, images) as above."""
     (first, first_images), (last, last_images) = before, after
-    totals = zip(prompts, first["total"], last["total"], strict=True)
-    captions = [f"{prompt}\ntotal {x:.2f} → {y:.2f}" for prompt, x, y in totals]
+    notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
     means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
     title = f"before (left) and after {step} steps (right) · {means}"
-    _grid(list(zip(first_images, last_images, strict=True)), captions[: len(first_images)], title, path)
+    _grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title, path)
 
 
-def _grid(groups, captions, title, path):
-    """Cells of images side by side with a caption below; small images are enlarged to about 192 pixels."""
+def _grid(groups, prompts, notes, title, path):
+    """Cells of images side by side over a prompt and a note; small images are enlarged to 192 pixels or more.
+
+    There may be more prompts and notes than groups of images.
+    """
     height, width = groups[0][0].shape[-2:]
     zoom = max(1, math.ceil(192 / height))
     height, width, many = height * zoom, width * zoom, len(groups[0])
     cell = many * width + (many - 1) * 4
-    columns = max(1, min(len(groups), round(math.sqrt(len(groups) * 2 * height / cell))))
+    count = len(groups)
+    # A page about 1.6 times as wide as high, with few empty cells.
+    columns = min(
+        range(1, count + 1),
+        key=lambda c: abs(math.log(c * cell / (math.ceil(count / c) * (height + 90)) / 1.6)) + -count % c / count,
+    )
     small, large = ImageFont.truetype(FONT, 13), ImageFont.truetype(FONT, 17)
     letters = max(12, int(cell / small.getlength("n")))
-    texts = [_wrap(caption, letters) for caption in captions]
+    texts = [[*_wrap(prompt, letters), note] for prompt, note in zip(prompts, notes, strict=True)][:count]
     heading = textwrap.wrap(title, int(columns * (cell + MARGIN) / large.getlength("n")))
     top = MARGIN + len(heading) * 24
     row_height = height + max(map(len, texts)) * LINE + 2 * MARGIN
-    rows = math.ceil(len(groups) / columns)
+    rows = math.ceil(count / columns)
     page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, top + rows * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(page)
     draw.multiline_text((MARGIN, MARGIN), "\n".join(heading), "black", large)
@@ -66,9 +74,9 @@ def _grid(groups, captions, title, path):
     os.replace(unfinished, path)
 
 
-def _wrap(caption, letters, most=5):
-    """Each line of the caption folded to `letters`; a prompt of more than `most` lines ends with an ellipsis."""
-    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, letters)]
+def _wrap(prompt, letters, most=4):
+    """The prompt folded to `letters` a line; one of more than `most` lines ends with an ellipsis."""
+    lines = [line for part in prompt.splitlines() for line in textwrap.wrap(part, letters)]
     return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][: letters - 2]} …"]
 
 
@@ -89,7 +97,7 @@ def reward_curves(rows, trained, monitors, path):
             steps, values = zip(*points, strict=True)
             window = [values[max(0, end - CURVE_WINDOW) : end] for end in range(1, len(values) + 1)]
             axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
-            axis.plot(steps, [sum(w) / len(w) for w in window], color="C0", label=f"mean of {CURVE_WINDOW} steps")
+            axis.plot(steps, [sum(w) / len(w) for w in window], color="C0", label=f"training, mean of {CURVE_WINDOW}")
         held_out = [(row["step"], row[f"val_{name}"]) for row in rows if f"val_{name}" in row]
         if held_out:
             axis.axhline(held_out[0][1], color="C1", linestyle=":", linewidth=1.2, label="held out, before")
@@ -97,6 +105,7 @@ def reward_curves(rows, trained, monitors, path):
         note = " (monitor, never trained on)" if name in monitors else ""
         axis.set_title({"total": "weighted total", "grad_norm": "gradient norm"}.get(name, name) + note, fontsize=11)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(names) :]:

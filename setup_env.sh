@@ -1,0 +1,20 @@
+# Sourced by the scripts beside it, with `repository` set to this folder. Leaves the Python environment to use active:
+# the virtual or conda environment that is active already, as it is; else .venv, made here and filled from
+# requirements.txt if it has not been filled from this very file before.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    if ! cmp -s "$repository/requirements.txt" "$repository/.venv/installed_requirements.txt"; then
+        if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+            echo "error: python3 is missing or older than 3.10; install Python 3.10 or newer" >&2
+            exit 1
+        fi
+        echo "Setting up $repository/.venv (once; some minutes)"
+        if ! python3 -m venv "$repository/.venv"; then
+            echo "error: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv" >&2
+            exit 1
+        fi
+        "$repository/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            -r "$repository/requirements.txt" || exit 1
+        cp "$repository/requirements.txt" "$repository/.venv/installed_requirements.txt"
+    fi
+    . "$repository/.venv/bin/activate"
+fi
