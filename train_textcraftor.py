@@ -131,9 +131,9 @@ def main(argv=None):
     from rewards import RewardSum, check_files, load_function, load_reward
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
-    from textcraftor.models import check_model, count_cut, encode_prompts, load_model, quiet_libraries
+    from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries
     from textcraftor.prompts import check_prompts, hold_out, read_prompts
-    from textcraftor.sampling import decode, guidance_pair, make_scheduler, sample_latents
+    from textcraftor.sampling import decode, make_scheduler, sample_latents
     from textcraftor.stream import PromptStream, batches
     from textcraftor.validation import TEST_GRAD_STEPS, comparison, load_look, save_look, validate, validation_noise
 
@@ -177,12 +177,8 @@ def main(argv=None):
     def generate(prompts, noise, grad_steps):
         """B prompts and their noise (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains."""
         with accelerator.autocast():
-            with torch.no_grad():
-                conditional = encode_prompts(tokenizer, original_encoder, prompts)
-                original = tuned = guidance_pair(torch.cat([unconditional, conditional]))
-            if text_encoder is not original_encoder:
-                tuned = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
-                tuned = torch.lerp(original, tuned, args.prompt_weighting)
+            encoders = (original_encoder, text_encoder, unconditional)
+            original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
             z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps)
             return decode(vae, z).float()
 

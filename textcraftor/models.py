@@ -68,6 +68,28 @@ def encode_prompts(tokenizer, text_encoder, prompts):
     return text_encoder(tokens.to(text_encoder.device)).last_hidden_state
 
 
+def embed_prompts(tokenizer, original_encoder, text_encoder, unconditional, prompts, weighting=1.0):
+    """Text embeddings for both parts of the sampler, each (2B, L, D), the B unconditional rows first.
+
+    unconditional: (1, L, D), the original encoder's embedding of "", computed once by the caller.
+    Returns (original, without gradient; weighting * tuned + (1 - weighting) * original), the second from one forward
+    pass of `text_encoder` over "" and all prompts, or the first again if both encoders are one.
+    """
+    with torch.no_grad():
+        conditional = encode_prompts(tokenizer, original_encoder, prompts)
+        original = guidance_pair(torch.cat([unconditional, conditional]))
+    if text_encoder is original_encoder:
+        return original, original
+    tuned = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
+    return original, torch.lerp(original, tuned, weighting)
+
+
+def guidance_pair(embeddings):
+    """(1+B, L, D), the unconditional embedding and B conditional ones -> (2B, L, D), B unconditional rows first."""
+    conditional = embeddings[1:]
+    return torch.cat([embeddings[:1].expand_as(conditional), conditional])
+
+
 def count_cut(tokenizer, prompts):
     """How many of the prompts have more tokens than the model takes, and lose their end."""
     lengths = map(len, tokenizer(prompts, verbose=False).input_ids)

@@ -46,10 +46,10 @@ def _grid(groups, prompts, notes, title, path):
     height, width, many = height * zoom, width * zoom, len(groups[0])
     cell = many * width + (many - 1) * 4
     count = len(groups)
-    # A page about 1.6 times as wide as high, with few empty cells.
+    # A page about twice as wide as high, with few empty cells.
     columns = min(
         range(1, count + 1),
-        key=lambda c: abs(math.log(c * cell / (math.ceil(count / c) * (height + 90)) / 1.6)) + -count % c / count,
+        key=lambda c: abs(math.log(c * cell / (math.ceil(count / c) * (height + 90)) / 2)) + -count % c / count,
     )
     small, large = ImageFont.truetype(FONT, 13), ImageFont.truetype(FONT, 17)
     letters = max(12, int(cell / small.getlength("n")))

@@ -34,12 +34,6 @@ def prompt_noise(seed, indices, shape):
     return torch.from_numpy(np.stack(rows))
 
 
-def guidance_pair(embeddings):
-    """(1+B, L, D), the unconditional embedding and B conditional ones -> (2B, L, D), B unconditional rows first."""
-    conditional = embeddings[1:]
-    return torch.cat([embeddings[:1].expand_as(conditional), conditional])
-
-
 def ddim_step(unet, scheduler, z, t, embeddings, guidance):
     """One guided DDIM step: z_t (B, C, h, w), embeddings (2B, L, D), unconditional rows first -> z_{t-1}."""
     epsilon = unet(torch.cat([z, z]), t, encoder_hidden_states=embeddings).sample.to(z.dtype)
