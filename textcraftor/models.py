@@ -46,17 +46,11 @@ def load_model(model):
         tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
         scheduler_config = DDIMScheduler.load_config(model, subfolder="scheduler", **where)
         networks = []
-        for part, kind, dtype in (
-            ("text_encoder", CLIPTextModel, "dtype"),
-            ("unet", UNet2DConditionModel, "torch_dtype"),
-            ("vae", AutoencoderKL, "torch_dtype"),
-        ):
-            network, info = kind.from_pretrained(
-                model, subfolder=part, output_loading_info=True, **{dtype: torch.float32}, **where
-            )
+        for part, kind in (("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            network, info = kind.from_pretrained(model, subfolder=part, output_loading_info=True, **where)
             if info["missing_keys"]:
                 raise UserError(f"{model}/{part}: its weights lack {sorted(info['missing_keys'])[0]} and perhaps more")
-            networks.append(network.eval().requires_grad_(False))
+            networks.append(network.float().eval().requires_grad_(False))
     except (OSError, ValueError) as problem:
         raise UserError(f"{model}: could not be loaded: {str(problem).strip().splitlines()[0]}") from problem
     return tokenizer, *networks, dict(scheduler_config)
