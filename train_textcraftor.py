@@ -64,8 +64,8 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     # How long, how often, and on what.
     ("--batch-size",       4,                         "prompts a step and process"),
-    ("--epochs",           1,                         "passes over the prompts"),
-    ("--max_steps",        10_000,                    "end after so many steps, 0 = after --epochs"),
+    ("--max_steps",        10_000,                    "end after so many steps, 0 = never"),
+    ("--epochs",           0,                         "end after so many passes over the prompts, 0 = never"),
     ("--sample_every",     100,                       "steps from one sample picture to the next, 0 = none"),
     ("--val_every",        100,                       "steps from one validation to the next, 0 = first and last"),
     ("--save_every",       250,                       "steps from one checkpoint to the next, 0 = last"),
@@ -100,14 +100,17 @@ def parse_arguments(argv=None):
 def check_arguments(args):
     """Raise UserError, one line, for options that make no sense."""
     require(args, {
-        "step grad_steps batch_size epochs val_count": 1,
-        "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps seed workers sample_every val_every save_every": 0,
+        "step grad_steps batch_size val_count": 1,
+        "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed workers": 0,
+        "sample_every val_every save_every": 0,
     })  # fmt: skip
     if not args.grad_steps <= args.step <= 1000:
         raise UserError(
             f"--grad_steps {args.grad_steps} --step {args.step}: the steps with gradient are the last ones of all, "
             "so grad_steps <= step <= 1000"
         )
+    if args.epochs == args.max_steps == 0:
+        raise UserError("--epochs 0 --max_steps 0: would never end; give one of them")
     if args.lr_text == args.lr_unet == 0:
         raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; give one of them a learning rate, say 1e-6")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
@@ -144,6 +147,7 @@ def main(argv=None):
     checks += [(check_files, [spec for spec in (*weighted, *monitored) if spec in REWARDS], args.weights)]
     quiet_libraries()
     check_all(checks)
+    functions = {spec: load_function(spec) for spec in (*weighted, *monitored) if ":" in spec}
     prompts, dropped = read_prompts(args.prompts)
     prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
 
@@ -153,9 +157,14 @@ def main(argv=None):
     device, is_main = accelerator.device, accelerator.is_main_process
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     global_batch = args.batch_size * accelerator.num_processes
-    last_step = min(math.ceil(args.epochs * len(prompts) / global_batch), args.max_steps or 10**9)
+    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
     set_seed(args.seed)
-    accelerator.print(
+
+    def say(text):
+        if is_main:
+            tqdm.write(text)
+
+    say(
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
     )
@@ -185,7 +194,7 @@ def main(argv=None):
     # Rewards, and monitors. fp16 would lose the third decimal of a PickScore.
     def load(spec):
         dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        return load_function(spec) if ":" in spec else load_reward(spec, args.weights, device, dtype)
+        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, dtype)
 
     rewards = RewardSum([(load(spec), weight) for spec, weight in weighted.items()])
     monitors = [load(spec) for spec in monitored]
@@ -219,7 +228,7 @@ def main(argv=None):
     if args.resume:
         state, first_step = checkpoints.last_state(output / "resume")
         record.resume(options, first_step)
-        accelerator.print(f"going on after step {first_step} of the run in {output}")
+        say(f"going on after step {first_step} of the run in {output}")
         if state:
             accelerator.load_state(str(state))
     else:
@@ -293,7 +302,7 @@ def main(argv=None):
             if step == last_step or (args.val_every and step % args.val_every == 0):
                 after = look(step, len(held_out))
                 row |= {f"val_{name}": score.mean().item() for name, score in after[0].items()}
-                bar.write(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in after[0].items()))
+                say(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in after[0].items()))
             elif args.sample_every and step % args.sample_every == 0:
                 look(step, min(GRID, len(held_out)))
             record.add(row)
@@ -304,14 +313,14 @@ def main(argv=None):
             # Stop, save.
             skips = len(list(takewhile(lambda row: row["skipped"], reversed(record.rows[1:]))))
             if skip:
-                bar.write(f"step {step}: total {means[0]}, gradient norm {grad_norm}: skipped, {skips} in a row")
+                say(f"step {step}: total {means[0]}, gradient norm {grad_norm}: skipped, {skips} in a row")
             end = stopping or skips >= MOST_SKIPS or step == last_step
             if end or (args.save_every and step % args.save_every == 0):
                 save(step)
             if skips >= MOST_SKIPS:
                 raise UserError(f"{skips} steps in a row were not finite; the last good weights are saved in {output}")
             if stopping:
-                accelerator.print(f"stopped after step {step}, all saved; go on with the same command and --resume")
+                say(f"stopped after step {step}, all saved; go on with the same command and --resume")
                 return
 
     # Results.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from textcraftor.models import embed_prompts, encode_prompts, guidance_pair, load_model
+from textcraftor.models import count_cut, embed_prompts, encode_prompts, guidance_pair, load_model
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
 PROMPTS = ["a red fox", "two apples on a table"]
@@ -67,6 +67,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(stable_diffusion, model)
     expected, unconditional = pipeline.encode_prompt(prompts, "cpu", 1, True)
     pair = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
     torch.testing.assert_close(pair, torch.cat([unconditional, expected]), rtol=0, atol=1e-5)
+    assert count_cut(tokenizer, [*prompts, "word " * 75, "word " * 76]) == 2  # 75 and the two marks are 77
 
 
 def test_embedding_mix(model):

@@ -65,7 +65,12 @@ def reward_specs(named, own, monitors):
     for spec in monitored:
         if spec not in named and ":" not in spec:
             raise UserError(f"--monitor {spec}: expected {', '.join(named)} or path/to/file.py:function")
-    return weighted, list(dict.fromkeys(monitored))
+    monitored = list(dict.fromkeys(monitored))
+    names = [spec.rpartition(":")[2] for spec in (*weighted, *monitored)]
+    for name in names:
+        if name == "total" or names.count(name) > 1:
+            raise UserError(f"two columns of metrics.csv would be called {name}; rename the function")
+    return weighted, monitored
 
 
 def check_all(checks):

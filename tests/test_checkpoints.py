@@ -1,0 +1,140 @@
+"""Weights in every spelling they come in, and the file that goes out read by its readers."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from textcraftor import checkpoints
+from textcraftor.checkpoints import last_state, load_text_encoder, load_unet, save_text_encoder, save_unet
+from textcraftor.errors import UserError
+from textcraftor.models import load_model
+
+
+@pytest.fixture(scope="module")
+def model(stable_diffusion):
+    return load_model(str(stable_diffusion))
+
+
+def refilled(network, value):
+    """A copy with other weights: number of the parameter times `value`."""
+    other = copy.deepcopy(network)
+    for number, weight in enumerate(other.parameters()):
+        weight.fill_(number * value)
+    return other
+
+
+def assert_same(network, other):
+    state, expected = network.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_text_encoder_goes_out_under_the_old_names_and_comes_back(model, tmp_path):
+    encoder = refilled(model[1], 0.001)
+    save_text_encoder(encoder, tmp_path / "new" / "tc_text.safetensors")
+    state = load_file(tmp_path / "new" / "tc_text.safetensors")
+    assert all(name.startswith("text_model.") for name in state)
+    assert "text_model.encoder.layers.1.self_attn.k_proj.weight" in state
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tc_text.safetensors"]  # nothing unfinished
+    back = refilled(model[1], 0)
+    load_text_encoder(back, tmp_path / "new" / "tc_text.safetensors")
+    assert_same(back, encoder)
+
+
+def test_exported_weights_load_where_users_put_them(model, stable_diffusion, tmp_path):
+    folder = shutil.copytree(stable_diffusion, tmp_path / "model")
+    encoder, unet = refilled(model[1], 0.001), refilled(model[2], 0.001)
+    save_text_encoder(encoder, folder / "text_encoder" / "model.safetensors")
+    save_unet(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    loaded, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same(loaded, encoder)
+    assert_same(UNet2DConditionModel.from_pretrained(folder / "unet"), unet)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert_same(pipeline.text_encoder, encoder)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model.", "module.text_model.", "module."])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_text_encoder_comes_in_under_any_name(model, tmp_path, prefix, suffix):
+    """The paper's file: a pickled state dict, module.text_model.…, with position_ids."""
+    encoder, path = refilled(model[1], 0.001), tmp_path / f"tc_text_e_0_iter_10000{suffix}"
+    state = {prefix + name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    back = refilled(model[1], 0)
+    load_text_encoder(back, path)
+    assert_same(back, encoder)
+
+
+def test_half_precision_weights_are_read_into_fp32(model, tmp_path):
+    encoder, path = refilled(model[1], 0.001), tmp_path / "half.safetensors"
+    save_file({name: value.half() for name, value in encoder.state_dict().items()}, path)
+    back = refilled(model[1], 0)
+    load_text_encoder(back, path)
+    assert {weight.dtype for weight in back.parameters()} == {torch.float32}
+    torch.testing.assert_close(back.final_layer_norm.weight, encoder.final_layer_norm.weight, rtol=1e-3, atol=0)
+
+
+def test_unet_comes_back(model, tmp_path):
+    unet, back = refilled(model[2], 0.001), refilled(model[2], 0)
+    torch.save({f"module.{name}": value for name, value in unet.state_dict().items()}, tmp_path / "unet.pth")
+    load_unet(back, tmp_path / "unet.pth")
+    assert_same(back, unet)
+
+
+def test_another_models_weights_are_refused_with_names(model, tmp_path):
+    encoder = model[1]
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = {f"text_model.{name}": value for name, value in encoder.state_dict().items()}
+    missing = "text_model.final_layer_norm.bias"
+    cases = {
+        "missing: final_layer_norm.bias": {name: value for name, value in state.items() if name != missing},
+        "unexpected: text_model.encoder.layers.9.x": state | {"text_model.encoder.layers.9.x": torch.zeros(2)},
+        "final_layer_norm.bias (3,)": state | {missing: torch.zeros(3)},
+        "missing: conv_in.weight": None,
+    }
+    for problem, tensors in cases.items():
+        network, load = (encoder, load_text_encoder) if tensors else (model[2], load_unet)
+        save_file(tensors or state, tmp_path / "other.safetensors")
+        with pytest.raises(UserError) as error:
+            load(network, tmp_path / "other.safetensors")
+        assert problem in str(error.value) and "other.safetensors" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_what_is_no_checkpoint_is_refused(model, tmp_path):
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": print}, tmp_path / "code.pth")
+    for name in ("text.pth", "list.pth", "code.pth", "nothing.safetensors"):
+        with pytest.raises(UserError, match=name):
+            load_text_encoder(model[1], tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
+    path = tmp_path / "tc_text.safetensors"
+    save_text_encoder(refilled(model[1], 0.001), path)
+    before = path.read_bytes()
+
+    def half(tensors, unfinished):
+        unfinished.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_text_encoder(model[1], path)
+    assert path.read_bytes() == before
+
+
+def test_the_last_whole_state_is_found(tmp_path):
+    assert last_state(tmp_path) == (None, 0)
+    for name in ("step_000100", "step_1000000", "step_000900", "unfinished"):
+        (tmp_path / name).mkdir()
+    assert last_state(tmp_path) == (tmp_path / "step_1000000", 1_000_000)

@@ -1,0 +1,132 @@
+"""Prompt files of every format, real and broken ones, and the order in which training sees them."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from textcraftor.errors import UserError
+from textcraftor.prompts import hold_out, read_prompts
+from textcraftor.sampling import prompt_noise
+from textcraftor.stream import PromptStream, batches
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real prompt files in {DATA.parent.name}/data")
+
+# What tables really hold: quotation marks, commas, line breaks, tabs, words that look like numbers or missing values.
+ROWS = ["a fox", 'the sign says "hello, you"', "first line\nsecond line", "42", "null", "NA", "  a fox ", "", "é 狐"]
+PROMPTS = ["a fox", 'the sign says "hello, you"', "first line\nsecond line", "42", "null", "NA", "é 狐"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "jsonl"])
+@pytest.mark.parametrize("column", ["Prompt", "prompt", "PROMPT"])
+def test_every_table_gives_the_same_prompts(tmp_path, suffix, column):
+    path = tmp_path / f"prompts.{suffix}"
+    table = pd.DataFrame({"number": range(len(ROWS)), column: ROWS, "raw_data": ['{"a": 1}'] * len(ROWS)})
+    if suffix in ("csv", "tsv"):
+        table.to_csv(path, index=False, sep="," if suffix == "csv" else "\t")
+    elif suffix == "parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in table.to_dict("records")), encoding="utf-8")
+    assert read_prompts(path) == (PROMPTS, {"empty": 1, "duplicate": 1})
+
+
+def test_without_a_column_prompt_the_first_is_read(tmp_path):
+    (tmp_path / "p.csv").write_text("caption,prompter\na cat,me\na dog,you\n")
+    assert read_prompts(tmp_path / "p.csv")[0] == ["a cat", "a dog"]
+
+
+def test_text_is_one_prompt_a_line(tmp_path):
+    # U+2028 and form feed end no line.
+    (tmp_path / "p.txt").write_text("a cat, sitting\r\n\n a dog\u2028barking\x0c! \na cat, sitting", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == (
+        ["a cat, sitting", "a dog\u2028barking\x0c!"],
+        {"empty": 1, "duplicate": 1},
+    )
+
+
+def test_missing_values_are_empty(tmp_path):
+    pd.DataFrame({"prompt": ["a cat", None]}).to_parquet(tmp_path / "p.parquet")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": null}\n\n"a dog"\n')
+    assert read_prompts(tmp_path / "p.parquet") == (["a cat"], {"empty": 1, "duplicate": 0})
+    assert read_prompts(tmp_path / "p.jsonl") == (["a cat", "a dog"], {"empty": 1, "duplicate": 0})
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("p.csv", None, "no such prompt file"),
+        ("p.json", "[]", "unknown format"),
+        ("p.csv", "", "no rows"),
+        ("p.csv", "prompt,raw_data\n", "no rows"),
+        ("p.csv", "prompt,raw_data\n,x\n  ,y\n", "no usable prompts"),
+        ("p.csv", 'prompt\n"never closed\n', "not a readable csv"),
+        ("p.txt", "", "no rows"),
+        ("p.jsonl", '{"prompt": "a"}\nnot json\n', "not a readable jsonl"),
+        ("p.parquet", "not parquet", "not a readable parquet"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path, name, content, problem):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_prompts(tmp_path / name)
+    assert problem in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+@needs_data
+def test_real_open_prompts():
+    with open(DATA / "open-prompts-1k.csv", newline="", encoding="utf-8") as file:
+        rows = [row["prompt"] for row in csv.DictReader(file)]
+    assert len(rows) == 998 and rows.count("") == 9 and len(set(rows)) == 985
+    prompts, dropped = read_prompts(DATA / "open-prompts-1k.csv")
+    assert prompts == list(dict.fromkeys(row.strip() for row in rows if row.strip()))
+    assert dropped == {"empty": 9, "duplicate": 998 - 9 - len(prompts)}
+    assert max(map(len, prompts)) == 932
+
+
+@needs_data
+def test_real_benchmarks():
+    assert len(read_prompts(DATA / "PartiPrompts.tsv")[0]) == 1632
+    assert len(read_prompts(DATA / "hpdv2-prompts-750.txt")[0]) == 750
+
+
+def test_held_out_prompts_are_not_trained_on():
+    prompts = [f"prompt {number}" for number in range(10)]
+    assert hold_out(prompts, [], 3) == (prompts[3:], prompts[:3])
+    assert hold_out(prompts, [], 16) == (prompts[5:], prompts[:5])  # never more than half
+    assert hold_out(prompts, ["new", "prompt 2", "prompt 9"], 2) == ([*prompts[:2], *prompts[3:]], ["new", "prompt 2"])
+    for all_held_out in (prompts[:1], []), (prompts[:1], prompts[:1]):
+        with pytest.raises(UserError, match="no prompts left"):
+            hold_out(*all_held_out, 4)
+
+
+def test_an_epoch_shows_every_prompt_once_in_a_seeded_order():
+    prompts = [f"prompt {number}" for number in range(20)]
+
+    def shown(seed, epoch):
+        stream = PromptStream(prompts, seed, (1, 2, 2))
+        return [stream[n]["prompt"] for n in range(20 * epoch, 20 * epoch + 20)]
+
+    orders = [shown(0, 0), shown(0, 1), shown(1, 0)]
+    assert all(Counter(order) == Counter(prompts) for order in orders)
+    assert orders[0] == shown(0, 0)
+    assert orders[0] != prompts and orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_noise_differs_between_epochs_and_is_that_of_the_sample():
+    stream = PromptStream(["a", "b"], 3, (4, 8, 8))
+    assert torch.equal(stream[5]["noise"], prompt_noise(3, [5], (4, 8, 8))[0])
+    assert not torch.equal(stream[0]["noise"], stream[2]["noise"])
+
+
+def test_processes_share_the_batches_of_one():
+    one = list(batches(2, 5, 6, 0, 1))
+    two = [list(batches(2, 5, 3, rank, 2)) for rank in (0, 1)]
+    assert one == [first + second for first, second in zip(*two, strict=True)]
+    assert one[0][0] == 12 and one[-1][-1] == 29

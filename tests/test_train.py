@@ -1,0 +1,436 @@
+"""The training script from its command line to its files, on tiny models."""
+
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import rewards
+import train_textcraftor
+from textcraftor import models
+from textcraftor.errors import UserError
+from textcraftor.models import encode_prompts, guidance_pair, load_model
+from textcraftor.sampling import decode, make_scheduler, sample_latents
+from textcraftor.stream import PromptStream
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+STEPS = ["--step", "3", "--grad_steps", "2"]
+NO_REWARDS = ["--clip", "0", "--aesthetic", "0", "--pickscore", "0", "--hpsv2", "0"]
+
+# A user's own rewards. CALLS counts the calls of one process; an environment variable says when to misbehave.
+OWN_REWARDS = """
+import math, os, signal
+CALLS = 0
+
+def redness(images, prompts):
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+
+def blueness(images, prompts):
+    return -redness(images, prompts)
+
+def moody(images, prompts):
+    global CALLS
+    CALLS += 1
+    scores = redness(images, prompts)
+    if CALLS in map(int, os.environ.get("NAN_AT", "").split()):
+        scores = scores * math.nan
+    if str(CALLS) == os.environ.get("SIGNAL_AT"):
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+    return scores
+
+def constant(images, prompts):
+    return images.detach().mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with ten prompts and the user's rewards, made the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_REWARDS)
+    prompts = [f"{colour} {thing}" for colour in ("a red", "a blue") for thing in ("fox", "cat", "car", "hat", "sea")]
+    (tmp_path / "prompts.csv").write_text("prompt\n" + "\n".join(prompts) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def command(stable_diffusion):
+    """Arguments of a run of seconds: one reward of our own, two images a step."""
+    return [
+        "--model", str(stable_diffusion), "--prompts", "prompts.csv", *STEPS, *NO_REWARDS,
+        "--reward", "own.py:redness=1", "--lr_text", "1e-3", "--batch-size", "2", "--val_count", "2",
+        "--max_steps", "4", "--val_every", "2", "--sample_every", "2", "--save_every", "0",
+    ]  # fmt: skip
+
+
+def train(*arguments):
+    train_textcraftor.main([str(argument) for argument in arguments])
+
+
+def script(*arguments, **environment):
+    """The script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_textcraftor.py"), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def table(folder):
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(first, second):
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# A whole run
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real prompts in shared/data")
+def test_three_steps_on_real_prompts_with_all_four_rewards(stable_diffusion, rewards_root, tmp_path):
+    done = script(
+        "--model", stable_diffusion, "--weights", rewards_root, "--prompts", DATA / "open-prompts-1k.csv", "--step", 5,
+        "--output_path", tmp_path, "--max-steps", 3, "--batch-size", 2, "--val-count", 3, "--val_every", 2, "-j", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "981 prompts to train on, 3 held out; 9 empty and 5 repeated ones dropped" in done.stdout
+    rows = table(tmp_path)
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    for row in rows[1:]:
+        total = (
+            0.5 * 100 * float(row["clip"]) + 3 * float(row["aesthetic"]) + float(row["pickscore"])
+            + 100 * float(row["hpsv2"])
+        )  # fmt: skip
+        assert math.isclose(float(row["total"]), total, rel_tol=1e-4)
+        assert float(row["grad_norm"]) > 0 and float(row["images_per_second"]) > 0
+    assert [bool(row["val_pickscore"]) for row in rows] == [True, False, True, True]
+    for name in ("tc_text", "tc_text_best", "tc_text_e_0_iter_3"):
+        assert "text_model.final_layer_norm.weight" in load_file(tmp_path / f"{name}.safetensors")
+        assert name == "tc_text_e_0_iter_3" or str(tmp_path / "tc_text.safetensors") in done.stdout
+    for name in ("before_after.png", "curves.png", "samples/step_000000.png", "samples/step_000003.png"):
+        assert min(Image.open(tmp_path / name).size) > 200
+    assert "before" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_run_learns_what_it_is_rewarded_for(work, command, capsys):
+    more = ["--monitor", "own.py:blueness", "--report_to", "tensorboard"]
+    train(*command, *more, "--lr_text", "3e-3", "--max_steps", 12, "--seed", 1)
+    rows = table("output")
+    assert float(rows[-1]["val_redness"]) > float(rows[0]["val_redness"])
+    assert float(rows[-1]["val_blueness"]) == pytest.approx(-float(rows[-1]["val_redness"]), rel=1e-5)
+    assert "blueness" not in rows[-1]
+    assert "held out" in capsys.readouterr().out
+    assert list(Path("output").glob("**/events.out.tfevents*"))
+    best = max(rows, key=lambda row: float(row["val_total"] or "-inf"))
+    assert best is rows[-1] and same_weights("output/tc_text_best.safetensors", "output/tc_text.safetensors")
+
+
+@pytest.mark.parametrize("trains", ["tc_text", "tc_unet"])
+def test_one_step_is_adamw_on_the_methods_gradient(work, command, stable_diffusion, trains):
+    """All the script's wiring at once: its prompts, noise, encoders, sampler, reward, sign and optimizer."""
+    rate = 1e-4
+    rates = ["--lr_text", rate if trains == "tc_text" else 0, "--lr_unet", rate if trains == "tc_unet" else 0]
+    train(*command, *rates, "--max_steps", 1, "--seed", 5)
+
+    tokenizer, encoder, unet, vae, config = load_model(str(stable_diffusion))
+    tuned = copy.deepcopy(encoder)
+    network = {"tc_text": tuned, "tc_unet": unet}[trains].requires_grad_(True)
+    rows = (work / "prompts.csv").read_text().splitlines()[3:]  # after the header and two held-out prompts
+    stream = PromptStream(rows, 5, (4, 8, 8))
+    samples = [stream[0], stream[1]]
+    prompts, noise = [sample["prompt"] for sample in samples], torch.stack([sample["noise"] for sample in samples])
+    with torch.no_grad():
+        original = guidance_pair(encode_prompts(tokenizer, encoder, ["", *prompts]))
+    embeddings = guidance_pair(encode_prompts(tokenizer, tuned, ["", *prompts]))
+    images = decode(vae, sample_latents(unet, make_scheduler(config, 3), noise, original, embeddings, 7.5, 2))
+    reward = images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+    (-reward.mean()).backward()
+
+    assert float(table("output")[1]["total"]) == pytest.approx(reward.mean().item(), rel=1e-5)
+    state = load_file(f"output/{trains}.safetensors")
+    state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    checked = 0
+    for name, weight in network.named_parameters():
+        # Adam's first step is rate * gradient / (|gradient| + eps), after a decay by rate * 0.01.
+        certain = weight.grad.abs() > 1e-5
+        expected = weight * (1 - rate * 0.01) - rate * weight.grad.sign()
+        torch.testing.assert_close(state[name][certain], expected[certain], rtol=0, atol=rate / 100)
+        checked += certain.sum().item()
+    assert checked > 1000
+
+
+def test_nothing_frozen_ever_has_a_gradient(work, command, rewards_root, monkeypatch):
+    seen = []
+    monkeypatch.setattr(models, "load_model", remember(models.load_model, seen))
+    monkeypatch.setattr(rewards, "load_reward", remember(rewards.load_reward, seen))
+    monkeypatch.setattr(torch.optim.AdamW, "step", remember(torch.optim.AdamW.step, seen, before=lambda: check(seen)))
+    checked = []
+
+    def check(seen):
+        networks = [network for network in seen if isinstance(network, torch.nn.Module)]
+        assert len(networks) == 4  # original encoder, UNet, VAE, reward
+        for network in networks:
+            assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
+        checked.append(True)
+
+    train(*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2)
+    assert len(checked) == 2
+
+
+def remember(function, seen, before=lambda: None):
+    def wrapped(*arguments, **options):
+        before()
+        result = function(*arguments, **options)
+        seen.extend(result if isinstance(result, tuple) else [result])
+        return result
+
+    return wrapped
+
+
+def test_a_reward_of_weight_0_is_never_loaded(work, command, rewards_root, monkeypatch):
+    names = []
+    load = rewards.load_reward
+    monkeypatch.setattr(rewards, "load_reward", lambda name, *more: names.append(name) or load(name, *more))
+    train(*command, "--weights", rewards_root, "--aesthetic", 1, "--monitor", "clip,aesthetic", "--max_steps", 1)
+    assert names == ["aesthetic", "clip"]
+    assert "val_clip" in table("output")[0] and "clip" not in table("output")[0]
+
+
+def test_low_precision_is_near_full_precision(work, command, rewards_root):
+    run = [*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2]
+    train(*run, "--output-path", "fp32")
+    AcceleratorState._reset_state(True)
+    train(*run, "--output-path", "bf16", "--mixed_precision", "bf16")
+    for full, low in zip(table("fp32")[1:], table("bf16")[1:], strict=True):
+        assert float(low["redness"]) == pytest.approx(float(full["redness"]), abs=0.01)
+        assert float(low["hpsv2"]) == pytest.approx(float(full["hpsv2"]), abs=0.03)
+        assert float(low["grad_norm"]) == pytest.approx(float(full["grad_norm"]), rel=0.3)
+    assert {value.dtype for value in load_file("bf16/tc_text.safetensors").values()} == {torch.float32}
+
+
+def test_second_stage_trains_the_unet_under_the_tuned_text_encoder(work, command, stable_diffusion):
+    train(*command, "--max_steps", 2, "--output-path", "text", "--val_every", 0)
+    second = [*command, "--text_path", "text/tc_text.safetensors", "--lr_text", 0, "--lr_unet", "1e-4"]
+    train(*second, "--output-path", "unet", "--max_steps", 2, "--val_every", 0, "--grad_steps", 3)
+    assert not list(Path("unet").glob("tc_text*"))
+    assert {"tc_unet.safetensors", "tc_unet_best.safetensors", "tc_unet_e_0_iter_2.safetensors"} <= {
+        path.name for path in Path("unet").iterdir()
+    }
+    # It starts where the first stage ended: all steps of 3 are tuned at test time.
+    assert table("unet")[0]["val_total"] == pytest.approx(table("text")[-1]["val_total"])
+
+
+def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_textcraftor, "REPOSITORY", tmp_path)
+    (tmp_path / "miniature").mkdir()
+    defaults = {"lr_text": 0.5, "grad_steps": 7, "prompts": "miniature/prompts_train.txt"}
+    (tmp_path / "miniature" / "defaults.json").write_text(json.dumps(defaults))
+    args = train_textcraftor.parse_arguments(["--model", "miniature", "--grad-steps", "3", "--output_path", "x"])
+    assert args.model == str(tmp_path / "miniature" / "stable-diffusion")
+    assert args.weights == str(tmp_path / "miniature")
+    assert (args.lr_text, args.grad_steps, args.output_path) == (0.5, 3, "x")
+    assert args.prompts == str(tmp_path / "miniature" / "prompts_train.txt")
+
+
+def test_the_defaults_are_the_papers():
+    args = train_textcraftor.parse_arguments([])
+    assert (args.clip, args.aesthetic, args.pickscore, args.hpsv2) == (0.5, 1, 1, 1)
+    assert (args.lr_text, args.lr_unet, args.step, args.grad_steps, args.guidance) == (1e-6, 0, 25, 5, 7.5)
+    assert (args.batch_size, args.prompts, args.model) == (4, "openprompts.csv", "./stable-diffusion-v1-5")
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["--grad_steps", "4"], "grad_steps <= step"),
+        (["--grad_steps", "0"], "--grad_steps 0"),
+        (["--batch-size", "0"], "--batch_size 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--lr_text", "nan"], "--lr_text nan"),
+        (["--lr_text", "0"], "nothing would be trained"),
+        (["--lr_text", "quick"], "invalid float value: 'quick'"),
+        (["--lr_txt", "1"], "unrecognized arguments: --lr_txt"),
+        (["--reward", "own.py:redness=0"], "nothing to train for"),
+        (["--reward", "own.py:redness"], "path/to/file.py:function=weight"),
+        (["--reward", "other.py:brightness=1"], "other.py"),
+        (["--reward", "own.py:greenness=1"], "greenness"),
+        (["--monitor", "beauty"], "--monitor beauty"),
+        (["--monitor", "other.py:redness"], "called redness"),
+        (["--report_to", "paper"], "--report_to"),
+        (["--model", "./nothing"], "hf download"),
+        (["--model", "."], "tokenizer"),
+        (["--prompts", "nothing.csv"], "nothing.csv"),
+        (["--prompts", "empty.csv"], "no usable prompts"),
+        (["--prompts", "one.txt"], "no prompts left"),
+        (["--val_prompts", "nothing.txt"], "nothing.txt"),
+        (["--text_path", "nothing.pth"], "nothing.pth"),
+        (["--text_path", "other.pth"], "other.pth"),
+        (["--hpsv2", "1"], "HPS_v2_compressed.pt"),
+        (["--resume"], "no run in output"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(work, command, arguments, problem):
+    (work / "empty.csv").write_text("prompt,raw_data\n ,x\n")
+    (work / "one.txt").write_text("a single prompt\n")
+    torch.save({"weight": torch.zeros(2)}, work / "other.pth")
+    with pytest.raises(UserError) as error:
+        train(*command, "--weights", "nowhere", *arguments)
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value).replace("\n  hpsv2", "")  # lists of missing files have a line each
+    assert not (work / "output").exists()
+
+
+def test_all_that_is_missing_is_said_at_once(work):
+    with pytest.raises(UserError) as error:
+        train("--weights", "nowhere")
+    for name in ("stable-diffusion-v1-5", "openprompts.csv", "ViT-g-14", "linearMSE.pth", "pickmodel", "HPS_v2"):
+        assert name in str(error.value)
+
+
+def test_the_script_exits_with_the_line_alone(work):
+    done = script("--grad_steps", 30)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("error: --grad_steps 30") and done.stderr.count("\n") == 1
+
+
+def test_a_run_is_never_overwritten(work, command):
+    train(*command, "--max_steps", 1)
+    before = (work / "output" / "tc_text.safetensors").read_bytes()
+    with pytest.raises(UserError, match="output holds a run"):
+        train(*command)
+    with pytest.raises(UserError, match="has seed = 0, not 3"):
+        train(*command, "--resume", "--seed", 3)
+    assert (work / "output" / "tc_text.safetensors").read_bytes() == before
+
+
+def test_a_reward_without_gradient_is_refused(work, command):
+    with pytest.raises(UserError, match="differentiable"):
+        train(*command, "--reward", "own.py:constant=1", "--reward", "own.py:redness=0")
+
+
+# Losses that are not finite
+
+
+def test_a_loss_that_is_not_finite_is_skipped(work, command, monkeypatch):
+    own = ["--reward", "own.py:redness=0", "--reward", "own.py:moody=1", "--val_every", 0, "--sample_every", 0]
+    monkeypatch.setenv("NAN_AT", "3")  # the call after the look at held-out prompts is that of step 1
+    train(*command, *own, "--max_steps", 2, "--save_every", 1)
+    rows = table("output")
+    assert [row["skipped"] for row in rows[1:]] == ["0", "1"] and rows[2]["total"] == "nan"
+    # The held-out scores at the end are those of step 1's weights, and finite.
+    assert same_weights("output/tc_text_e_0_iter_1.safetensors", "output/tc_text_e_0_iter_2.safetensors")
+    assert math.isfinite(float(rows[2]["val_total"]))
+
+
+def test_ten_such_losses_in_a_row_end_the_run(work, command, monkeypatch):
+    own = ["--reward", "own.py:redness=0", "--reward", "own.py:moody=1", "--val_every", 0, "--sample_every", 0]
+    monkeypatch.setenv("NAN_AT", " ".join(str(call) for call in [2, *range(4, 20)]))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        train(*command, *own, "--max_steps", 20)
+    rows = table("output")
+    assert len(rows) == 1 + 2 + 10 and [row["skipped"] for row in rows[1:4]] == ["1", "0", "1"]
+    weights = load_file("output/tc_text.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert same_weights("output/tc_text.safetensors", "output/tc_text_e_2_iter_12.safetensors")
+
+
+# Interruptions and processes
+
+
+@pytest.fixture
+def six_steps(command):
+    """A run whose reward can end its process in the middle of a step, with checkpoints at 2, 4 and 6."""
+    own = ["--reward", "own.py:redness=0", "--reward", "own.py:moody=1"]
+    return [*command, *own, "--max_steps", 6, "--save_every", 2, "--val_every", 3]
+
+
+def test_a_killed_run_ends_as_one_never_stopped(work, six_steps):
+    train(*six_steps, "--output-path", "whole")
+    # Calls of the reward: 1 before training, 2–4 in steps 1–3, 5 and 6 in looks after 2 and 3, 7 in 4, 8 …
+    killed = script(*six_steps, "--output-path", "killed", SIGNAL_AT="9", SIGNAL=str(int(signal.SIGKILL)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in Path("killed/resume").glob("step_*")] == ["step_000004"]
+    # What a kill in the middle of writing leaves.
+    (work / "killed" / "resume" / "unfinished").mkdir()
+    (work / "killed" / "resume" / "unfinished" / "model.safetensors").write_text("half")
+    with open("killed/metrics.csv", "a") as file:
+        file.write("5,0.9,0.1")
+    train(*six_steps, "--output-path", "killed", "--resume")
+
+    for name in ("tc_text", "tc_text_best", "tc_text_e_1_iter_6"):
+        assert same_weights(f"whole/{name}.safetensors", f"killed/{name}.safetensors")
+    whole, resumed = table("whole"), table("killed")
+    assert len(whole) == len(resumed) == 7
+    for first, second in zip(whole, resumed, strict=True):
+        for timing in ("seconds", "images_per_second"):
+            first.pop(timing), second.pop(timing)
+        assert first == second
+    assert Image.open("whole/before_after.png").tobytes() == Image.open("killed/before_after.png").tobytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, number):
+    monkeypatch.setenv("SIGNAL", str(int(number)))
+    monkeypatch.setenv("SIGNAL_AT", "2")
+    train(*six_steps, "--output-path", "stopped")
+    assert "stopped after step 1" in capsys.readouterr().out and len(table("stopped")) == 2
+    monkeypatch.delenv("SIGNAL_AT")
+    train(*six_steps, "--output-path", "stopped", "--resume")
+    train(*six_steps, "--output-path", "whole")
+    assert same_weights("whole/tc_text.safetensors", "stopped/tc_text.safetensors")
+
+
+def test_a_finished_run_can_be_resumed_and_made_longer(work, six_steps, monkeypatch):
+    train(*six_steps)
+    train(*six_steps, "--resume")
+    assert len(table("output")) == 7
+    train(*six_steps, "--resume", "--max_steps", 8)
+    assert [row["step"] for row in table("output")] == list("012345678")
+
+
+def test_two_processes_train_as_one_with_the_double_batch(work, command):
+    """Same prompts, noise and mean gradient. Key biases have a true gradient of 0: Adam makes steps of its rounding."""
+    run = [*command, "--max_steps", 3, "--lr_text", "1e-4", "--val_count", "3"]
+    arguments = [str(argument) for argument in run]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(ROOT / "train_textcraftor.py"), *arguments, "--output-path", "two", "--batch-size", "2"],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 steps of 4 images" in done.stdout
+    train(*arguments, "--output-path", "one", "--batch-size", "4")
+    one, two = load_file("one/tc_text.safetensors"), load_file("two/tc_text.safetensors")
+    for name in one:
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+    for first, second in zip(table("one"), table("two"), strict=True):
+        for name in ("total", "val_total", "grad_norm"):
+            if first[name]:
+                assert float(second[name]) == pytest.approx(float(first[name]), rel=1e-3)
