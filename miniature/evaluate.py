@@ -1,0 +1,75 @@
+"""Measure tuned text encoders of the miniature on its held-out prompts: rewards, judge, and paired 95 % intervals.
+
+    python -m miniature.evaluate output/tc_text.safetensors
+    python -m miniature.evaluate output/tc_text.safetensors --count 256 --guidance 3 --picture after.png
+
+Same prompts and noise before and after; the tuned encoder drives the last 15 of 25 steps, as in every test.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from rewards import NAMES, RewardSum, load_function, load_reward
+from textcraftor.checkpoints import load_text_encoder
+from textcraftor.errors import UserError
+from textcraftor.models import embed_prompts, encode_prompts, load_model, quiet_libraries
+from textcraftor.pictures import before_after_grid
+from textcraftor.prompts import read_prompts
+from textcraftor.sampling import decode, make_scheduler, sample_latents
+from textcraftor.validation import TEST_GRAD_STEPS, comparison, validate, validation_noise
+
+HERE = Path(__file__).parent
+STEPS = 25
+
+
+def main() -> None:
+    defaults = json.loads((HERE / "defaults.json").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text_path", help="tuned text encoder, safetensors or .pth")
+    parser.add_argument("--prompts", default=str(HERE / "heldout.csv"))
+    parser.add_argument("--count", type=int, default=512, help="how many prompts")
+    parser.add_argument("--guidance", type=float, default=defaults.get("guidance", 7.5))
+    parser.add_argument("--grad_steps", type=int, default=TEST_GRAD_STEPS, help="steps that the tuned encoder drives")
+    parser.add_argument("--picture", help="also write a before/after picture here")
+    args = parser.parse_args()
+
+    quiet_libraries()
+    torch.manual_seed(0)
+    prompts = read_prompts(args.prompts)[0][:args.count]
+    tokenizer, original, unet, vae, config = load_model(HERE / "stable-diffusion")
+    tuned = load_model(HERE / "stable-diffusion")[1]
+    load_text_encoder(tuned, args.text_path)
+    unet.to(memory_format=torch.channels_last)
+    scheduler = make_scheduler(config, STEPS)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    weights = {name: defaults.get(name, 0.5 if name == "clip" else 1.0) for name in NAMES}
+    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name] or 1e-9) for name in NAMES])
+    judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
+    with torch.no_grad():
+        unconditional = encode_prompts(tokenizer, original, [""])
+
+    def look(encoder):
+        def generate(batch, indices):
+            embeddings = embed_prompts(tokenizer, original, encoder, unconditional, batch)
+            noise = validation_noise(indices, shape)
+            with torch.autocast("cpu", torch.bfloat16):
+                z = sample_latents(unet, scheduler, noise, *embeddings, args.guidance, args.grad_steps)
+                return decode(vae, z).float()
+        return validate(Accelerator(cpu=True), generate, rewards, judge, prompts, 32, 16)
+
+    before, after = look(original), look(tuned)
+    print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
+    print(comparison(before[0], after[0]))
+    if args.picture:
+        before_after_grid(before, after, prompts, 0, Path(args.picture))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,65 @@
+"""One resumable training loop for every model of the miniature."""
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+SAVE_EVERY = 120        # seconds
+
+
+def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, work: Path, ema: float = 0.0,
+        weight_decay: float = 0.01) -> torch.nn.Module:
+    """Train `model` by AdamW (5 % warm-up, cosine to zero), stopping and starting at will; return it in eval mode.
+
+    loss_of_step(step) -> scalar loss; its data and noise must depend on `step` alone, so that a resumed run is the
+    run that never stopped. Only parameters with requires_grad are trained. With ema > 0 the returned weights are their
+    exponential moving average. Progress lies in `work/<name>.pt`; a finished stage leaves `work/<name>.safetensors` and
+    is not trained again.
+    """
+    file = work / f"{name}.pt"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1))))
+    average = [p.detach().clone() for p in parameters] if ema else []
+    start = 0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        average, start = state["average"], state["step"]
+
+    def save(step):
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+                    "schedule": schedule.state_dict(), "step": step}, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+
+    model.train()
+    saved, window = time.time(), []
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10, dynamic_ncols=True)
+    for step in bar:
+        loss = loss_of_step(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if ema:
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(ema, (step + 1) / (step + 10)))
+        window = [*window[-99:], loss.item()]
+        bar.set_postfix(loss=f"{sum(window) / len(window):.4f}", refresh=False)
+        if time.time() - saved > SAVE_EVERY:
+            save(step + 1)
+            saved = time.time()
+    if start < steps:
+        save(steps)
+    if ema:
+        for p, a in zip(parameters, average, strict=True):
+            p.data.copy_(a)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work / f"{name}.safetensors")
+    return model.eval()

@@ -1,0 +1,93 @@
+"""The judge: an independent recogniser of what a picture of the miniature's world shows, and in which condition.
+
+It is trained apart from everything else and never a reward. As monitors of the training script:
+
+    --monitor miniature/judge.py:right,miniature/judge.py:clean,miniature/judge.py:right_and_clean
+"""
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from miniature import world
+
+WEIGHTS = Path(__file__).parent / "judge.safetensors"
+PLACES, SIZES, CONDITIONS = list(world.PLACES), list(world.SIZES), list(world.CONDITIONS)
+QUESTIONS = {"object": (len(PLACES), len(world.NAMES) + 1), "size": (len(PLACES), len(SIZES)),
+             "background": (1, len(world.COLOURS)), "condition": (1, len(CONDITIONS))}    # (how often asked, answers)
+
+
+class Judge(torch.nn.Module):
+    """A small convolutional network: images (B, 3, 64, 64) in [0, 1] -> {question: logits (B, times, answers)}.
+
+    At each place: which object (the last answer is none) and which size; for the whole: background and condition.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths, blocks = (3, 32, 64, 96, 128), []
+        for i, o in zip(widths, widths[1:], strict=False):
+            blocks += [torch.nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1), torch.nn.BatchNorm2d(o),
+                       torch.nn.ReLU()]
+            if i > 3:
+                blocks += [torch.nn.Conv2d(o, o, 3, padding=1), torch.nn.BatchNorm2d(o), torch.nn.ReLU()]
+        self.body = torch.nn.Sequential(*blocks, torch.nn.Flatten(), torch.nn.Linear(widths[-1] * 16, 256),
+                                        torch.nn.ReLU())
+        self.heads = torch.nn.ModuleDict({k: torch.nn.Linear(256, n * m) for k, (n, m) in QUESTIONS.items()})
+
+    def forward(self, images):
+        features = self.body(images * 2 - 1)
+        return {k: head(features).unflatten(1, QUESTIONS[k]) for k, head in self.heads.items()}
+
+
+def answers(scene: dict) -> dict[str, torch.Tensor]:
+    """The right answers for a scene, {question: (times,)}; -100 where there is no object to have a size."""
+    there = {o["place"]: o for o in scene["objects"]}
+    return {"object": torch.tensor([world.NAMES.index(there[p]["name"]) if p in there else len(world.NAMES)
+                                    for p in PLACES]),
+            "size": torch.tensor([SIZES.index(there[p]["size"]) if p in there else -100 for p in PLACES]),
+            "background": torch.tensor([world.COLOURS.index(scene["background"])]),
+            "condition": torch.tensor([CONDITIONS.index(scene["condition"])])}
+
+
+def judge_loss(judge: Judge, images: torch.Tensor, scenes: list[dict]) -> torch.Tensor:
+    logits, truth = judge(images), [answers(scene) for scene in scenes]
+    return sum(F.cross_entropy(logits[k].flatten(0, 1), torch.cat([t[k] for t in truth])) for k in QUESTIONS)
+
+
+@lru_cache(1)
+def load_judge() -> Judge:
+    judge = Judge()
+    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS).items()})
+    return judge.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def see(images: torch.Tensor, judge: Judge | None = None) -> list[dict]:
+    """Images (B, 3, 64, 64) in [0, 1] -> the scenes that the judge sees in them."""
+    seen = {k: v.argmax(-1).tolist() for k, v in (judge or load_judge())(images.float().cpu()).items()}
+    scenes = []
+    for i in range(len(images)):
+        objects = [{"name": world.NAMES[name], "size": SIZES[size], "place": place} for name, size, place
+                   in zip(seen["object"][i], seen["size"][i], PLACES, strict=True) if name < len(world.NAMES)]
+        scenes.append({"objects": objects, "background": world.COLOURS[seen["background"][i][0]],
+                       "condition": CONDITIONS[seen["condition"][i][0]]})
+    return scenes
+
+
+def right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """(B,) 1.0 where the picture shows all that its prompt asks for, else 0.0."""
+    return torch.tensor([float(all(world.content_right(scene, world.parse(prompt)).values()))
+                         for scene, prompt in zip(see(images), prompts, strict=True)], device=images.device)
+
+
+def clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """(B,) 1.0 where the picture has none of the flaws, else 0.0."""
+    return torch.tensor([float(scene["condition"] == "clean") for scene in see(images)], device=images.device)
+
+
+def right_and_clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """(B,) 1.0 where the picture is both, else 0.0."""
+    return right(images, prompts) * clean(images, prompts)
