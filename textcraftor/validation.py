@@ -51,9 +51,13 @@ def load_look(path):
 
 
 def comparison(before, after):
-    """A table of mean scores before and after; both {name: (N,)}, of the same prompts and noise."""
-    lines = [f"{'held out':<16}{'before':>10}{'after':>10}{'change':>10}"]
+    """A table of mean scores before and after, both {name: (N,)} of the same prompts and noise, and of the mean change
+    with its 95 % interval (of paired differences, by the normal approximation: 1.96 standard errors)."""
+    lines = [f"{'held out':<16}{'before':>10}{'after':>10}{'change':>10}   95 % interval"]
     for name in after:
-        first, second = before[name].mean().item(), after[name].mean().item()
-        lines.append(f"{name:<16}{first:>10.4f}{second:>10.4f}{second - first:>+10.4f}")
+        change = after[name] - before[name]
+        error = 1.96 * change.std().item() / len(change) ** 0.5
+        first, second, mean = (scores.mean().item() for scores in (before[name], after[name], change))
+        interval = f"[{mean - error:+.4f}, {mean + error:+.4f}]"
+        lines.append(f"{name:<16}{first:>10.4f}{second:>10.4f}{mean:>+10.4f}   {interval}")
     return "\n".join(lines)
