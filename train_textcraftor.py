@@ -127,7 +127,7 @@ def main(argv=None):
     # Imported only now: whatever is wrong above is said at once.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import AutocastKwargs, set_seed
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -153,17 +153,17 @@ def main(argv=None):
 
     # Processes and precision. DistributedDataParallel is not used: it expects a network to run once per backward pass,
     # but the UNet runs K times and, checkpointed, K times more. Gradients are averaged by hand, below.
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output)
+    # Autocast must not cache: torch may hand weights cast in the steps without gradient to those with.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        log_with=args.report_to or None, project_dir=output,
+    )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     global_batch = args.batch_size * accelerator.num_processes
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
     set_seed(args.seed)
-
-    def say(text):
-        if is_main:
-            tqdm.write(text)
-
+    say = tqdm.write if is_main else lambda text: None
     say(
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
@@ -216,6 +216,7 @@ def main(argv=None):
         if is_main:
             write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
             write_weights()
+            pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
         checkpoints.save_state(accelerator, output / "resume", step)
 
     # Start, or go on after the last checkpoint.
@@ -260,7 +261,7 @@ def main(argv=None):
 
     # Train.
     stream = PromptStream(prompts, args.seed, latent_shape)
-    mine = list(batches(first_step, last_step, args.batch_size, accelerator.process_index, accelerator.num_processes))
+    mine = batches(first_step, last_step, args.batch_size, accelerator.process_index, accelerator.num_processes)
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
     after = None
     with stop_signals() as stop, bar:
@@ -311,7 +312,7 @@ def main(argv=None):
             bar.set_postfix_str(record.line(["total", *names], WINDOW))
 
             # Stop, save.
-            skips = len(list(takewhile(lambda row: row["skipped"], reversed(record.rows[1:]))))
+            skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
             if skip:
                 say(f"step {step}: total {means[0]}, gradient norm {grad_norm}: skipped, {skips} in a row")
             end = stopping or skips >= MOST_SKIPS or step == last_step
@@ -328,7 +329,6 @@ def main(argv=None):
     if is_main:
         before = load_look(before_path)
         pictures.before_after_grid(before, after, held_out, last_step, output / "before_after.png")
-        pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
         print(comparison(before[0], after[0]))
         skipped, cut = (sum(row.get(name, 0) for row in record.rows) for name in ("skipped", "cut"))
         print(f"{skipped:.0f} steps skipped; {cut:.0f} prompts were longer than the text encoder reads, and cut")

@@ -218,8 +218,10 @@ def test_a_reward_of_weight_0_is_never_loaded(work, command, rewards_root, monke
     assert "val_clip" in table("output")[0] and "clip" not in table("output")[0]
 
 
-def test_low_precision_is_near_full_precision(work, command, rewards_root):
-    run = [*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2]
+@pytest.mark.parametrize("trains", ["tc_text", "tc_unet"])
+def test_low_precision_is_near_full_precision(work, command, rewards_root, trains):
+    rates = {"tc_text": ["--lr_text", "1e-4"], "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-4"]}[trains]
+    run = [*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2, *rates]
     train(*run, "--output-path", "fp32")
     AcceleratorState._reset_state(True)
     train(*run, "--output-path", "bf16", "--mixed_precision", "bf16")
@@ -227,7 +229,7 @@ def test_low_precision_is_near_full_precision(work, command, rewards_root):
         assert float(low["redness"]) == pytest.approx(float(full["redness"]), abs=0.01)
         assert float(low["hpsv2"]) == pytest.approx(float(full["hpsv2"]), abs=0.03)
         assert float(low["grad_norm"]) == pytest.approx(float(full["grad_norm"]), rel=0.3)
-    assert {value.dtype for value in load_file("bf16/tc_text.safetensors").values()} == {torch.float32}
+    assert {value.dtype for value in load_file(f"bf16/{trains}.safetensors").values()} == {torch.float32}
 
 
 def test_second_stage_trains_the_unet_under_the_tuned_text_encoder(work, command, stable_diffusion):

@@ -18,7 +18,7 @@ def make_parser(description, options):
     for name, default, comment in options:
         bare = name.removeprefix("--")
         spellings = dict.fromkeys([name, f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"])
-        how = {"default": default, "metavar": "X", "help": f"{comment} (default: {default or 'none'})"}
+        how = {"default": default, "metavar": "X", "help": f"{comment} (default: {'none' if default in ('', []) else default})"}
         if default is False:
             how = {"action": "store_true", "help": comment}
         elif default == []:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from itertools import islice
 from pathlib import Path
 
 from textcraftor.errors import UserError
@@ -61,10 +62,8 @@ class Record:
 
     def mean(self, name, window):
         """The mean of a column over its last `window` finite values; NaN if there is none."""
-        values = []
-        for row in reversed(self.rows):
-            if len(values) < window and math.isfinite(row.get(name, math.nan)):
-                values.append(row[name])
+        finite = (row[name] for row in reversed(self.rows) if math.isfinite(row.get(name, math.nan)))
+        values = list(islice(finite, window))
         return sum(values) / len(values) if values else math.nan
 
     def line(self, names, window):
