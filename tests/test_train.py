@@ -91,7 +91,7 @@ def script(*arguments, **environment):
     return subprocess.run(
         [sys.executable, str(ROOT / "train_textcraftor.py"), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -423,7 +423,7 @@ def test_two_processes_train_as_one_with_the_double_batch(work, command):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          str(ROOT / "train_textcraftor.py"), *arguments, "--output-path", "two", "--batch-size", "2"],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 steps of 4 images" in done.stdout

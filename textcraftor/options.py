@@ -18,16 +18,18 @@ def make_parser(description, options):
     for name, default, comment in options:
         bare = name.removeprefix("--")
         spellings = dict.fromkeys([name, f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"])
-        how = {"default": default, "metavar": "X", "help": f"{comment} (default: {'none' if default in ('', []) else default})"}
+        how = {"default": default, "metavar": "X"}
         if default is False:
-            how = {"action": "store_true", "help": comment}
+            how = {"action": "store_true"}
         elif default == []:
             how |= {"action": "append"}
         elif isinstance(default, tuple):
-            how |= {"choices": default, "default": default[0], "help": f"{comment} (default: {default[0] or 'none'})"}
+            how |= {"choices": default, "default": default[0]}
         else:
             how |= {"type": type(default)}
-        parser.add_argument(*spellings, dest=bare.replace("-", "_"), **how)
+        if how.get("default") not in (None, "", []):
+            comment += f" (default: {how['default']})"
+        parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment, **how)
 
     def fail(message):
         raise UserError(f"{message} (--help lists all options)")
