@@ -218,6 +218,22 @@ def test_a_reward_of_weight_0_is_never_loaded(work, command, rewards_root, monke
     assert "val_clip" in table("output")[0] and "clip" not in table("output")[0]
 
 
+@pytest.mark.parametrize(
+    "options, largest_update",
+    [
+        ([], 1e-3),  # Adam's first step is the learning rate, whatever the gradient
+        (["--lr_warmup_steps", 4], 1e-3 / 4),
+        (["--max_grad_norm", 1e-12], 0),  # a gradient far below Adam's epsilon
+    ],
+)
+def test_warm_up_and_gradient_clipping(work, command, stable_diffusion, options, largest_update):
+    train(*command, "--max_steps", 1, *options)
+    before = load_file(stable_diffusion / "text_encoder" / "model.safetensors")
+    after = load_file("output/tc_text.safetensors")
+    largest = max((after[name] - before[name]).abs().max().item() for name in after)
+    assert largest == pytest.approx(largest_update, rel=0.1, abs=5e-5)
+
+
 @pytest.mark.parametrize("trains", ["tc_text", "tc_unet"])
 def test_low_precision_is_near_full_precision(work, command, rewards_root, trains):
     rates = {"tc_text": ["--lr_text", "1e-4"], "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-4"]}[trains]
