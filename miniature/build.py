@@ -43,10 +43,9 @@ from miniature.fit import fit
 from miniature.judge import Judge, judge_loss
 from miniature.preferences import GROUPS, draw_groups, group_of, new_head, preference_loss, rating
 from miniature.world import IMAGE_SIZE, QUALITY_WORDS, random_scene, render, write_caption
-from textcraftor.checkpoints import save_text_encoder
 
 SEED = 0
-UNET_STEPS, DECODER_STEPS = 4_000, 2_500
+UNET_STEPS, DECODER_STEPS = 2_000, 5_000
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                   "beta_schedule": "scaled_linear"}
 SCENES = {"train": 40_000, "test": 2_000}
@@ -192,7 +191,7 @@ def scaling_factor(latents: np.ndarray) -> float:
 def new_unet() -> UNet2DConditionModel:
     torch.manual_seed(SEED)
     return UNet2DConditionModel(sample_size=LATENTS[1], in_channels=LATENTS[0], out_channels=LATENTS[0],
-                                block_out_channels=(96, 160), layers_per_block=1, norm_num_groups=8,
+                                block_out_channels=(96, 112), layers_per_block=1, norm_num_groups=8,
                                 down_block_types=("CrossAttnDownBlock2D",) * 2,
                                 up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=128,
                                 attention_head_dim=4).to(memory_format=torch.channels_last)
@@ -244,7 +243,7 @@ def train_preference(work: Path, name: str) -> open_clip.CLIP:
         images = to_tensor((decoded if ragged else drawn)[chosen].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
         return preference_loss(clip, tokenizer, images.unflatten(0, (24, 4)), [groups[i] for i in chosen], ragged, rng)
 
-    return fit(name, clip, loss, 900, 3e-4, work, weight_decay=0.05)
+    return fit(name, clip, loss, 600, 3e-4, work, weight_decay=0.05)
 
 
 def train_aesthetic(work: Path) -> torch.nn.Sequential:
@@ -283,7 +282,7 @@ def train_judge(work: Path) -> Judge:
         shown = [scenes[i] for i in plain] + [groups[g]["scenes"][i] for g, i in whole]
         return judge_loss(judge, batch, shown)
 
-    return fit("judge", judge, loss, 3000, 2e-3, work)
+    return fit("judge", judge, loss, 2500, 2e-3, work)
 
 
 # What ships.
@@ -298,7 +297,8 @@ def ship(work: Path, to: Path = Path(__file__).parent) -> None:
     StableDiffusionPipeline(vae.half(), text_encoder, tokenizer, unet.half(), scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(to / "stable-diffusion")
     save_tokenizer(to / "stable-diffusion/tokenizer")
-    save_text_encoder(text_encoder, to / "stable-diffusion/text_encoder/model.safetensors")   # names all tools know
+    weights = {k: v.half() for k, v in transformers_names(trained_clip(work, "L")).items() if k.startswith("text_model.")}
+    save_file(weights, to / "stable-diffusion/text_encoder/model.safetensors", {"format": "pt"})  # names all tools know
 
     save_open_clip(trained_clip(work, "g"), "g", to / "clip")
     save_open_clip(trained_clip(work, "L"), "L", to / "aesthetic/clip")

@@ -46,8 +46,8 @@ def main() -> None:
     unet.to(memory_format=torch.channels_last)
     scheduler = make_scheduler(config, STEPS)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    weights = {name: defaults.get(name, 0.5 if name == "clip" else 1.0) for name in NAMES}
-    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name] or 1e-9) for name in NAMES])
+    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0} | defaults       # as in training
+    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in NAMES])
     judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
     with torch.no_grad():
         unconditional = encode_prompts(tokenizer, original, [""])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from miniature import world
 from miniature.clips import normalize, tokenize
 
-GROUPS = 4_000
+GROUPS = 3_000
 PAIR_NOISE = 0.7           # scale of the logistic noise on which of two pictures is liked better
 RATING_NOISE = 0.7         # standard deviation of a rating, on a scale of about 1 to 10
 RAGGED_STD = 0.6           # latent noise, in standard deviations of the latents, that makes detail fully ragged
