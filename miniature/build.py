@@ -40,9 +40,9 @@ from miniature.clips import (
     web_caption,
 )
 from miniature.fit import fit
-from miniature.judge import Judge, judge_loss
+from miniature.judge import Judge, judge_loss, see
 from miniature.preferences import GROUPS, draw_groups, group_of, new_head, preference_loss, rating
-from miniature.world import IMAGE_SIZE, QUALITY_WORDS, random_scene, render, write_caption
+from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_scene, render, write_caption
 
 SEED = 0
 UNET_STEPS, DECODER_STEPS = 2_000, 5_000
@@ -285,6 +285,29 @@ def train_judge(work: Path) -> Judge:
     return fit("judge", judge, loss, 2500, 2e-3, work)
 
 
+@torch.inference_mode()
+def measure_judge(work: Path) -> None:
+    """Print how often the judge is right on the test scenes, as drawn and as the autoencoder gives them back."""
+    images, scenes = images_of(work, "test"), scenes_of("test")
+    judge, vae = trained(work, "judge", Judge()), trained_vae(work, "decoder")
+    for kind in ("as drawn", "decoded"):
+        right = {"content": [], "objects and places": [], "size": [], "background": [], "condition": []}
+        for start in range(0, len(images), 100):
+            x = to_tensor(images[start:start + 100])
+            if kind == "decoded":
+                with torch.autocast("cpu", torch.bfloat16):
+                    x = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.float() / 2 + 0.5).clamp(0, 1)
+            for seen, scene in zip(see(x, judge), scenes[start:], strict=False):
+                details = content_right(seen, scene)
+                right["content"].append(all(details.values()))
+                right["objects and places"].append(all(v for k, v in details.items() if k[:4] in ("name", "plac")))
+                right["size"].append(all(v for k, v in details.items() if k.startswith("size")))
+                right["background"].append(details["background"])
+                right["condition"].append(seen["condition"] == scene["condition"])
+        print(f"judge, {len(images)} test scenes {kind}: "
+              + ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in right.items()))
+
+
 # What ships.
 
 def ship(work: Path, to: Path = Path(__file__).parent) -> None:
@@ -297,8 +320,9 @@ def ship(work: Path, to: Path = Path(__file__).parent) -> None:
     StableDiffusionPipeline(vae.half(), text_encoder, tokenizer, unet.half(), scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(to / "stable-diffusion")
     save_tokenizer(to / "stable-diffusion/tokenizer")
-    weights = {k: v.half() for k, v in transformers_names(trained_clip(work, "L")).items() if k.startswith("text_model.")}
-    save_file(weights, to / "stable-diffusion/text_encoder/model.safetensors", {"format": "pt"})  # names all tools know
+    names = transformers_names(trained_clip(work, "L"))
+    text = {k: v.half() for k, v in names.items() if k.startswith("text_model.")}
+    save_file(text, to / "stable-diffusion/text_encoder/model.safetensors", {"format": "pt"})  # names all tools know
 
     save_open_clip(trained_clip(work, "g"), "g", to / "clip")
     save_open_clip(trained_clip(work, "L"), "L", to / "aesthetic/clip")
@@ -365,7 +389,8 @@ def trained_unet(work: Path) -> UNet2DConditionModel:
 STAGES = {"world": draw_world, "clip_L": partial(train_clip, name="L"), "vae": train_vae, "unet": train_unet,
           "decoder": train_decoder, "clip_g": partial(train_clip, name="g"), "clip_H": partial(train_clip, name="H"),
           "pickscore": partial(train_preference, name="pickscore"), "hpsv2": partial(train_preference, name="hpsv2"),
-          "aesthetic": train_aesthetic, "judge": train_judge, "ship": ship}
+          "aesthetic": train_aesthetic, "judge": train_judge, "measure_judge": measure_judge,
+          "ship": ship}
 
 
 def main() -> None:
