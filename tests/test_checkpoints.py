@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -39,6 +40,8 @@ def test_text_encoder_goes_out_under_the_old_names_and_comes_back(model, tmp_pat
     save_text_encoder(encoder, tmp_path / "new" / "tc_text.safetensors")
     state = load_file(tmp_path / "new" / "tc_text.safetensors")
     assert all(name.startswith("text_model.") for name in state)
+    with safe_open(tmp_path / "new" / "tc_text.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # many a transformers 4 reads no file without it
     assert "text_model.encoder.layers.1.self_attn.k_proj.weight" in state
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["tc_text.safetensors"]  # nothing unfinished
     back = refilled(model[1], 0)

@@ -50,7 +50,8 @@ def save_tensors(tensors, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, unfinished)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers 4 reads no file without it
     os.replace(unfinished, path)
 
 
