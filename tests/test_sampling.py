@@ -29,6 +29,14 @@ def test_timesteps_are_trailing(model):
     torch.testing.assert_close(scheduler.final_alpha_cumprod.double(), 1 - betas[0], rtol=0, atol=1e-6)
 
 
+def test_every_number_of_steps_gives_as_many(model):
+    """By rounding, diffusers adds t = -1 for some, 61 among them."""
+    for steps in range(1, 1001):
+        timesteps = make_scheduler(model[-1], steps).timesteps
+        assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+        assert (timesteps.diff() < 0).all()
+
+
 def test_a_scheduler_folder_serves_as_well_as_its_config(stable_diffusion, model):
     assert make_scheduler(str(stable_diffusion), 7).config == make_scheduler(model[-1], 7).config
 

@@ -22,6 +22,7 @@ def make_scheduler(config, steps):
         clip_sample=False,
     )
     scheduler.set_timesteps(steps)
+    scheduler.timesteps = scheduler.timesteps[:steps]  # rounding adds t = -1 for 61 steps and some others
     return scheduler
 
 
