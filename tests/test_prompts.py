@@ -50,6 +50,12 @@ def test_text_is_one_prompt_a_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name, content", [("p.txt", "a cat"), ("p.csv", "Prompt\na cat"), ("p.jsonl", '"a cat"')])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_prompts(tmp_path / name)[0] == ["a cat"]
+
+
 def test_missing_values_are_empty(tmp_path):
     pd.DataFrame({"prompt": ["a cat", None]}).to_parquet(tmp_path / "p.parquet")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": null}\n\n"a dog"\n')
@@ -68,6 +74,8 @@ def test_missing_values_are_empty(tmp_path):
         ("p.csv", 'prompt\n"never closed\n', "not a readable csv"),
         ("p.txt", "", "no rows"),
         ("p.jsonl", '{"prompt": "a"}\nnot json\n', "not a readable jsonl"),
+        ("p.jsonl", "5\n", "not a readable jsonl"),
+        ("p.jsonl", "{}\n", "not a readable jsonl"),
         ("p.parquet", "not parquet", "not a readable parquet"),
     ],
 )

@@ -8,7 +8,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
@@ -51,8 +51,10 @@ def load_model(model):
             if info["missing_keys"]:
                 raise UserError(f"{model}/{part}: its weights lack {sorted(info['missing_keys'])[0]} and perhaps more")
             networks.append(network.float().eval().requires_grad_(False))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{model}: could not be loaded: {str(problem).strip().splitlines()[0]}") from problem
+    except UserError:
+        raise
+    except Exception as problem:  # tokenizers, safetensors, json and configurations each raise their own kinds
+        raise UserError(f"{model}: could not be loaded: {first_line(problem)}") from problem
     return tokenizer, *networks, dict(scheduler_config)
 
 

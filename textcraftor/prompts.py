@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
 
@@ -23,8 +23,8 @@ def read_prompts(path):
     path = Path(path)
     try:
         rows = _read_rows(path)
-    except (ValueError, OSError, AttributeError) as problem:
-        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({str(problem).splitlines()[0]})") from problem
+    except (ValueError, OSError, AttributeError, TypeError, KeyError) as problem:
+        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({first_line(problem)})") from problem
     if not rows:
         raise UserError(f"{path}: has no rows; expected one prompt a row")
     stripped = [str(row).strip() for row in rows]
@@ -63,10 +63,10 @@ def check_prompts(path):
 def _read_rows(path):
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             return list(lines)
     if suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as lines:
             records = [json.loads(line) for line in lines if line.strip()]
         return [_fill(record if isinstance(record, str) else record[_column(record)]) for record in records]
     if suffix == ".parquet":
