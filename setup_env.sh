@@ -18,7 +18,8 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     fi
     . "$repository/.venv/bin/activate"
 elif ! python -c 'import sys; from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("torch", "diffusers", "transformers", "accelerate", "open_clip", "pytest"))))'; then
+sys.exit(not all(map(find_spec, ("torch", "accelerate", "diffusers", "transformers", "open_clip", "pandas", "pyarrow",
+                                 "matplotlib", "tensorboard", "pytest"))))'; then
     echo "error: the active Python environment lacks packages; pip install -r $repository/requirements.txt" >&2
     exit 1
 fi
