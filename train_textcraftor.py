@@ -12,8 +12,7 @@ The second stage, the UNet under the tuned text encoder:
 $ accelerate launch train_textcraftor.py --text_path output/text/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
       --batch-size 1 --output-path output/unet
 
-Go on after an interruption: the same command and
-$ ... --resume
+Go on after an interruption: the same command and --resume
 """
 
 import copy
@@ -25,9 +24,10 @@ import sys
 import time
 from itertools import takewhile
 from pathlib import Path
+from zlib import crc32
 
 from textcraftor.errors import UserError
-from textcraftor.options import check_all, make_parser, require, reward_specs
+from textcraftor.options import COLUMNS, check_all, make_parser, require, reward_specs
 from textcraftor.record import Record, check_folder
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -59,7 +59,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--max_grad_norm",    0.0,                       "cut the gradient to this norm, 0 = never"),
     # How to sample.
     ("--step",             25,                        "T, DDIM steps"),
-    ("--grad_steps",       5,                         "K, last steps, under the trained weights and with gradient"),
+    ("--grad_steps",       5,                         "K, last steps, under the tuned text encoder and with gradient"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     # How long, how often, and on what.
@@ -72,18 +72,18 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--resume",           False,                     "go on with the run in --output-path"),
     ("--seed",             0,                         "of the order of the prompts and of the noise"),
     ("--mixed_precision",  ("no", "fp16", "bf16"),    "what the networks compute in"),
+    ("--gradient_checkpointing", ("full", "none"),    "none: faster, but memory grows by all activations a grad step"),
     ("--report_to",        ("", "tensorboard", "wandb"), "tracker that gets metrics.csv's rows too"),
-    ("--workers",          0,                         "processes that prepare batches, 0 = this one does"),
+    ("-j --workers",       0,                         "processes that prepare batches, 0 = this one does"),
 )
 # fmt: on
 # What may differ when a run is resumed; the rest would make it another run.
 FREE_ON_RESUME = {"resume", "output_path", "weights", "workers", "report_to", "batch_size", "epochs", "max_steps"}
-FREE_ON_RESUME |= {"sample_every", "val_every", "save_every"}
+FREE_ON_RESUME |= {"sample_every", "val_every", "save_every", "gradient_checkpointing"}
 
 
 def parse_arguments(argv=None):
     """Command line -> options. `--model miniature` brings its own defaults; flags that are given win."""
-    argv = ["--workers" if word == "-j" else word for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser(__doc__, OPTIONS)
     args = parser.parse_args(argv)
     if args.model == "miniature":
@@ -102,7 +102,7 @@ def check_arguments(args):
     require(args, {
         "step grad_steps batch_size val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed workers": 0,
-        "sample_every val_every save_every": 0,
+        "guidance prompt_weighting sample_every val_every save_every": 0,
     })  # fmt: skip
     if not args.grad_steps <= args.step <= 1000:
         raise UserError(
@@ -159,10 +159,12 @@ def main(argv=None):
         log_with=args.report_to or None, project_dir=output,
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
+    if args.mixed_precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take bf16 or no")
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     global_batch = args.batch_size * accelerator.num_processes
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
-    set_seed(args.seed)
+    set_seed(args.seed % 2**32)  # for users' own rewards; order and noise take the whole seed
     say = tqdm.write if is_main else lambda text: None
     say(
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
@@ -179,6 +181,7 @@ def main(argv=None):
     vae.to(device, low_precision)
     unet.to(device, torch.float32 if args.lr_unet else low_precision)
     scheduler = make_scheduler(scheduler_config, args.step)
+    recompute = args.gradient_checkpointing == "full"
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     with torch.no_grad():
         unconditional = encode_prompts(tokenizer, original_encoder, [""])
@@ -188,8 +191,8 @@ def main(argv=None):
         with accelerator.autocast():
             encoders = (original_encoder, text_encoder, unconditional)
             original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
-            z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps)
-            return decode(vae, z).float()
+            z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
+            return decode(vae, z, recompute).float()
 
     # Rewards, and monitors. fp16 would lose the third decimal of a PickScore.
     def load(spec):
@@ -221,21 +224,20 @@ def main(argv=None):
 
     # Start, or go on after the last checkpoint.
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
-    columns = ["step", "epoch", "total", *names, "grad_norm", "skipped", "cut", "seconds", "images_per_second"]
-    columns += [f"val_{name}" for name in ("total", *names, *monitor_names)]
+    columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     options = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    options |= {"images a step": global_batch}
+    options |= {"images a step": global_batch, "checksum of prompts": crc32(repr((prompts, held_out)).encode())}
     record, first_step = Record(output, columns, writes=is_main), 0
     if args.resume:
         state, first_step = checkpoints.last_state(output / "resume")
+        last_step = max(first_step, last_step)
         record.resume(options, first_step)
         say(f"going on after step {first_step} of the run in {output}")
         if state:
             accelerator.load_state(str(state))
     else:
         record.start(options)
-    if args.report_to:
-        accelerator.init_trackers("textcraftor", {name: str(value) for name, value in options.items()})
+    accelerator.init_trackers("textcraftor", {name: str(value) for name, value in options.items()})
 
     def look(step, count):
         """Score `count` held-out prompts, made as at test time, and show the first; keep the weights if the best."""
@@ -258,6 +260,7 @@ def main(argv=None):
         if is_main:
             save_look(scores, images, before_path)
         record.add({"step": 0} | {f"val_{name}": score.mean().item() for name, score in scores.items()})
+        accelerator.log(record.rows[0], step=0)
 
     # Train.
     stream = PromptStream(prompts, args.seed, latent_shape)
@@ -322,7 +325,7 @@ def main(argv=None):
                 raise UserError(f"{skips} steps in a row were not finite; the last good weights are saved in {output}")
             if stopping:
                 say(f"stopped after step {step}, all saved; go on with the same command and --resume")
-                return
+                return accelerator.end_training()
 
     # Results.
     after = after or look(last_step, len(held_out))

@@ -83,3 +83,20 @@ def test_gradient_equals_the_naive_unroll(double_model, rewards_root, name, trai
     torch.testing.assert_close(score, expected_score, rtol=1e-7, atol=0)
     assert expected.norm() > 0
     assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_recomputing_changes_no_bit_of_the_gradient(double_model):
+    tokenizer, original, tuned, unet, vae, config = double_model
+    parameters = [*tuned.requires_grad_(True).parameters(), *unet.requires_grad_(True).parameters()]
+    noise = prompt_noise(0, [0, 1], (4, 8, 8)).double()
+    try:
+        with torch.no_grad():
+            unconditional = encode_prompts(tokenizer, original, [""])
+        found = []
+        for checkpoint in (True, False):
+            pair = embed_prompts(tokenizer, original, tuned, unconditional, PROMPTS)
+            z = sample_latents(unet, make_scheduler(config, T), noise, *pair, GUIDANCE, K, checkpoint)
+            found.append(gradient(decode(vae, z, checkpoint).square().mean(), parameters))
+    finally:
+        tuned.requires_grad_(False), unet.requires_grad_(False)
+    assert found[0].norm() > 0 and torch.equal(*found)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import rewards
 import train_textcraftor
-from textcraftor import models
+from textcraftor import models, sampling
 from textcraftor.errors import UserError
 from textcraftor.models import encode_prompts, guidance_pair, load_model
 from textcraftor.sampling import decode, make_scheduler, sample_latents
@@ -260,6 +260,19 @@ def test_second_stage_trains_the_unet_under_the_tuned_text_encoder(work, command
     assert table("unet")[0]["val_total"] == pytest.approx(table("text")[-1]["val_total"])
 
 
+def test_validation_samples_as_at_test_time(work, command, monkeypatch):
+    """The last 15 of 25 steps tuned, whatever the training's --grad_steps."""
+    calls = []
+
+    def note(unet, scheduler, latents, original, tuned, guidance, grad_steps, *more):
+        calls.append((len(scheduler.timesteps), grad_steps))
+        return sample_latents(unet, scheduler, latents, original, tuned, guidance, grad_steps, *more)
+
+    monkeypatch.setattr(sampling, "sample_latents", note)
+    train(*command, "--step", 25, "--grad_steps", 5, "--max_steps", 1)
+    assert calls == [(25, 15), (25, 5), (25, 15)]
+
+
 def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(train_textcraftor, "REPOSITORY", tmp_path)
     (tmp_path / "miniature").mkdir()
@@ -273,7 +286,8 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
 
 
 def test_the_defaults_are_the_papers():
-    args = train_textcraftor.parse_arguments([])
+    args = train_textcraftor.parse_arguments(["-j4"])
+    assert args.workers == 4
     assert (args.clip, args.aesthetic, args.pickscore, args.hpsv2) == (0.5, 1, 1, 1)
     assert (args.lr_text, args.lr_unet, args.step, args.grad_steps, args.guidance) == (1e-6, 0, 25, 5, 7.5)
     assert (args.batch_size, args.prompts, args.model) == (4, "openprompts.csv", "./stable-diffusion-v1-5")
@@ -297,6 +311,11 @@ def test_the_defaults_are_the_papers():
         (["--reward", "own.py:redness"], "path/to/file.py:function=weight"),
         (["--reward", "other.py:brightness=1"], "other.py"),
         (["--reward", "own.py:greenness=1"], "greenness"),
+        (["--reward", "redness=1"], "path/to/file.py:function=weight"),
+        (["--reward", "own.py:redness=nan"], "redness is nan"),
+        (["--reward", "own.py:cut=1"], "called cut"),
+        (["--guidance", "inf"], "--guidance inf"),
+        (["--mixed_precision", "fp16"], "fp16: needs a GPU"),
         (["--monitor", "beauty"], "--monitor beauty"),
         (["--monitor", "other.py:redness"], "called redness"),
         (["--report_to", "paper"], "--report_to"),
@@ -343,6 +362,10 @@ def test_a_run_is_never_overwritten(work, command):
         train(*command)
     with pytest.raises(UserError, match="has seed = 0, not 3"):
         train(*command, "--resume", "--seed", 3)
+    with open("prompts.csv", "a") as file:
+        file.write("another prompt\n")
+    with pytest.raises(UserError, match="checksum of prompts"):
+        train(*command, "--resume")
     assert (work / "output" / "tc_text.safetensors").read_bytes() == before
 
 
@@ -418,7 +441,8 @@ def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, n
     train(*six_steps, "--output-path", "stopped")
     assert "stopped after step 1" in capsys.readouterr().out and len(table("stopped")) == 2
     monkeypatch.delenv("SIGNAL_AT")
-    train(*six_steps, "--output-path", "stopped", "--resume")
+    # Neither the interruption nor what is kept for the backward pass changes a bit.
+    train(*six_steps, "--output-path", "stopped", "--resume", "--gradient_checkpointing", "none")
     train(*six_steps, "--output-path", "whole")
     assert same_weights("whole/tc_text.safetensors", "stopped/tc_text.safetensors")
 
@@ -426,6 +450,7 @@ def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, n
 def test_a_finished_run_can_be_resumed_and_made_longer(work, six_steps, monkeypatch):
     train(*six_steps)
     train(*six_steps, "--resume")
+    train(*six_steps, "--resume", "--max_steps", 4)  # as a run that has passed its end
     assert len(table("output")) == 7
     train(*six_steps, "--resume", "--max_steps", 8)
     assert [row["step"] for row in table("output")] == list("012345678")

@@ -5,9 +5,12 @@ import math
 
 from textcraftor.errors import UserError
 
+# The columns of metrics.csv beside those of the rewards.
+COLUMNS = ("step", "epoch", "total", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
+
 
 def make_parser(description, options):
-    """A parser of options (name, default, comment); a name is understood with `_` and with `-`.
+    """A parser of options (name, default, comment); a name is understood with `_` and with `-`, after short ones.
 
     The default gives the type; False makes a switch, [] an option that may be repeated, and a tuple a choice among its
     entries, the first being the default. What is wrong on a command line raises UserError.
@@ -16,15 +19,16 @@ def make_parser(description, options):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for name, default, comment in options:
+        *short, name = name.split()
         bare = name.removeprefix("--")
-        spellings = dict.fromkeys([name, f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"])
+        spellings = dict.fromkeys([*short, name, f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"])
         how = {"default": default, "metavar": "X"}
         if default is False:
             how = {"action": "store_true"}
         elif default == []:
             how |= {"action": "append"}
         elif isinstance(default, tuple):
-            how |= {"choices": default, "default": default[0]}
+            how |= {"choices": default, "default": default[0], "metavar": "|".join(filter(None, default))}
         else:
             how |= {"type": type(default)}
         if how.get("default") not in (None, "", []):
@@ -59,7 +63,12 @@ def reward_specs(named, own, monitors):
         try:
             weighted[spec] = float(weight)
         except ValueError:
-            raise UserError(f"--reward {option}: expected path/to/file.py:function=weight") from None
+            spec = ""
+        if ":" not in spec:
+            raise UserError(f"--reward {option}: expected path/to/file.py:function=weight")
+    for spec, weight in weighted.items():
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of {spec} is {weight}: must be a finite number")
     weighted = {spec: weight for spec, weight in weighted.items() if weight}
     if not weighted:
         raise UserError("all reward weights are 0: nothing to train for; give one a weight, say --hpsv2 1")
@@ -70,7 +79,7 @@ def reward_specs(named, own, monitors):
     monitored = list(dict.fromkeys(monitored))
     names = [spec.rpartition(":")[2] for spec in (*weighted, *monitored)]
     for name in names:
-        if name == "total" or names.count(name) > 1:
+        if name in COLUMNS or names.count(name) > 1:
             raise UserError(f"two columns of metrics.csv would be called {name}; rename the function")
     return weighted, monitored
 
