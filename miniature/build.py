@@ -243,7 +243,7 @@ def train_preference(work: Path, name: str) -> open_clip.CLIP:
         images = to_tensor((decoded if ragged else drawn)[chosen].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
         return preference_loss(clip, tokenizer, images.unflatten(0, (24, 4)), [groups[i] for i in chosen], ragged, rng)
 
-    return fit(name, clip, loss, 600, 3e-4, work, weight_decay=0.05)
+    return fit(name, clip, loss, 600, 2e-4, work, weight_decay=0.05)
 
 
 def train_aesthetic(work: Path) -> torch.nn.Sequential:

@@ -16,6 +16,7 @@ from miniature.clips import normalize, tokenize
 
 GROUPS = 3_000
 PAIR_NOISE = 0.7           # scale of the logistic noise on which of two pictures is liked better
+STRANGERS = 8              # pictures of other prompts that each prompt's own are compared with
 RATING_NOISE = 0.7         # standard deviation of a rating, on a scale of about 1 to 10
 RAGGED_STD = 0.6           # latent noise, in standard deviations of the latents, that makes detail fully ragged
 
@@ -58,23 +59,25 @@ def draw_groups(vae, seed: int, folder: Path) -> None:
 
 def preference_loss(clip: open_clip.CLIP, tokenizer, images: torch.Tensor, groups: list[dict], ragged: bool,
                     rng: np.random.Generator) -> torch.Tensor:
-    """Bradley-Terry loss of all pairs within each group, its four pictures and the next group's first.
+    """Bradley-Terry loss of all pairs among a prompt's four pictures and some of other groups (their first ones),
+    which keep it from forgetting what the words mean.
 
     images (B, 4, 3, H, W) in [0, 1]; ragged: whether they are the decoded ones, torn as the groups say.
     """
     count = len(groups)
+    others = [[(i + 1 + k) % count for k in range(min(STRANGERS, count - 1))] for i in range(count)]
     image = clip.encode_image(normalize(images.flatten(0, 1)), normalize=True).unflatten(0, (count, 4))
     text = clip.encode_text(tokenize(tokenizer, [g["caption"] for g in groups]), normalize=True)
-    image = torch.cat([image, image[:, :1].roll(-1, 0)], dim=1)                                        # (B, 5, D)
-    scores = clip.logit_scale.exp() * (image * text[:, None]).sum(-1)                                   # (B, 5)
-    liked = np.empty((count, 5))
-    for i, group in enumerate(groups):
-        stranger = groups[(i + 1) % count]
-        shown = [*group["scenes"], stranger["scenes"][0]]
-        torn = [*group["ragged"], stranger["ragged"][0]] if ragged else [0.0] * 5
+    image = torch.cat([image, image[:, 0][torch.tensor(others)]], dim=1)                        # (B, 4 + strangers, D)
+    scores = clip.logit_scale.exp() * (image * text[:, None]).sum(-1)
+    liked = []
+    for group, strangers in zip(groups, others, strict=True):
+        shown = group["scenes"] + [groups[j]["scenes"][0] for j in strangers]
+        torn = group["ragged"] + [groups[j]["ragged"][0] for j in strangers]
         asked = world.parse(group["caption"])
-        liked[i] = [world.like(scene, asked, t) for scene, t in zip(shown, torn, strict=True)]
-    first, second = torch.triu_indices(5, 5, offset=1)
+        liked.append([world.like(scene, asked, ragged * t) for scene, t in zip(shown, torn, strict=True)])
+    liked = np.array(liked)
+    first, second = torch.triu_indices(liked.shape[1], liked.shape[1], offset=1)
     gap = liked[:, first] - liked[:, second]
     prefers = torch.from_numpy(gap + rng.logistic(scale=PAIR_NOISE, size=gap.shape) > 0).float()
     return F.binary_cross_entropy_with_logits(scores[:, first] - scores[:, second], prefers)

@@ -201,11 +201,11 @@ def parse(caption: str) -> dict:
 
 def like(scene: dict, asked: dict, ragged: float = 0.0) -> float:
     """How much the noisy rater likes a picture of `scene` for a caption that asked for `asked` (see `parse`), before
-    the noise. Right content counts most (up to 4), then a clean picture (2), then vivid colours (0.7); `ragged` >= 0
-    says how much the picture's detail is torn (1: as bad as a flaw)."""
-    right = content_right(scene, asked)
-    return 4 * float(np.mean(list(right.values()))) + 2 * (scene["condition"] == "clean") + 0.7 * scene["vivid"] \
-        * (scene["condition"] != "washed out") - 2 * ragged
+    the noise. Right content counts most (up to 4, and 2 more when nothing is wrong), then a clean picture (2), then
+    vivid colours (0.7); `ragged` >= 0 says how much the picture's detail is torn (1: as bad as a flaw)."""
+    right = list(content_right(scene, asked).values())
+    vivid = scene["vivid"] if scene["condition"] != "washed out" else 0.0
+    return 4 * float(np.mean(right)) + 2 * all(right) + 2 * (scene["condition"] == "clean") + 0.7 * vivid - 2 * ragged
 
 
 def content_right(scene: dict, asked: dict) -> dict[str, bool]:
