@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     save_text_encoder(refilled(model[1], 0.001), path)
     before = path.read_bytes()
 
-    def half(tensors, unfinished):
+    def half(tensors, unfinished, **options):
         unfinished.write_bytes(b"half")
         raise OSError("disk full")
 
