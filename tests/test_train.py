@@ -434,8 +434,9 @@ def test_a_killed_run_ends_as_one_never_stopped(work, six_steps):
     assert Image.open("whole/before_after.png").tobytes() == Image.open("killed/before_after.png").tobytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, number):
+@pytest.mark.parametrize("number, trains", [(signal.SIGTERM, "tc_text"), (signal.SIGINT, "tc_unet")])
+def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, number, trains):
+    six_steps += ["--lr_text", 0, "--lr_unet", "1e-4"] if trains == "tc_unet" else []
     monkeypatch.setenv("SIGNAL", str(int(number)))
     monkeypatch.setenv("SIGNAL_AT", "2")
     train(*six_steps, "--output-path", "stopped")
@@ -444,7 +445,7 @@ def test_a_stopped_run_saves_and_goes_on(work, six_steps, monkeypatch, capsys, n
     # Neither the interruption nor what is kept for the backward pass changes a bit.
     train(*six_steps, "--output-path", "stopped", "--resume", "--gradient_checkpointing", "none")
     train(*six_steps, "--output-path", "whole")
-    assert same_weights("whole/tc_text.safetensors", "stopped/tc_text.safetensors")
+    assert same_weights(f"whole/{trains}.safetensors", f"stopped/{trains}.safetensors")
 
 
 def test_a_finished_run_can_be_resumed_and_made_longer(work, six_steps, monkeypatch):
