@@ -91,7 +91,7 @@ def parse_arguments(argv=None):
         defaults = json.loads((folder / "defaults.json").read_text())
         for name in {"prompts", "val_prompts"} & defaults.keys():
             defaults[name] = str(REPOSITORY / defaults[name])
-        defaults["monitor"] = [str(REPOSITORY / spec) for spec in defaults["monitor"]]
+        defaults["monitor"] = [str(REPOSITORY / spec) for spec in defaults.get("monitor", [])]
         parser.set_defaults(weights=str(folder), **defaults)
         args = parser.parse_args(argv)
         args.model = str(folder / "stable-diffusion")
