@@ -91,7 +91,7 @@ def parse_arguments(argv=None):
         defaults = json.loads((folder / "defaults.json").read_text())
         for name in {"prompts", "val_prompts"} & defaults.keys():
             defaults[name] = str(REPOSITORY / defaults[name])
-        defaults["monitor"] = [str(REPOSITORY / spec) for spec in defaults.get("monitor", [])]
+        defaults["monitor"] = [] if args.monitor else [str(REPOSITORY / spec) for spec in defaults.get("monitor", [])]
         parser.set_defaults(weights=str(folder), **defaults)
         args = parser.parse_args(argv)
         args.model = str(folder / "stable-diffusion")
@@ -152,9 +152,8 @@ def main(argv=None):
     prompts, dropped = read_prompts(args.prompts)
     prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
 
-    # Processes and precision. DistributedDataParallel is not used: it expects a network to run once per backward pass,
-    # but the UNet runs K times and, checkpointed, K times more. Gradients are averaged by hand, below.
-    # Autocast must not cache: torch may hand weights cast in the steps without gradient to those with.
+    # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward pass, the UNet runs
+    # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         log_with=args.report_to or None, project_dir=output,

@@ -276,13 +276,15 @@ def test_validation_samples_as_at_test_time(work, command, monkeypatch):
 def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(train_textcraftor, "REPOSITORY", tmp_path)
     (tmp_path / "miniature").mkdir()
-    defaults = {"lr_text": 0.5, "grad_steps": 7, "prompts": "miniature/prompts_train.txt"}
+    defaults = {"lr_text": 0.5, "grad_steps": 7, "prompts": "miniature/prompts_train.txt", "monitor": ["a.py:f"]}
     (tmp_path / "miniature" / "defaults.json").write_text(json.dumps(defaults))
     args = train_textcraftor.parse_arguments(["--model", "miniature", "--grad-steps", "3", "--output_path", "x"])
     assert args.model == str(tmp_path / "miniature" / "stable-diffusion")
     assert args.weights == str(tmp_path / "miniature")
     assert (args.lr_text, args.grad_steps, args.output_path) == (0.5, 3, "x")
     assert args.prompts == str(tmp_path / "miniature" / "prompts_train.txt")
+    assert args.monitor == [str(tmp_path / "a.py:f")]
+    assert train_textcraftor.parse_arguments(["--model", "miniature", "--monitor", "clip"]).monitor == ["clip"]
 
 
 def test_the_defaults_are_the_papers():
