@@ -152,7 +152,7 @@ def main(argv=None):
     prompts, dropped = read_prompts(args.prompts)
     prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
 
-    # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward pass, the UNet runs
+    # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward, the UNet runs
     # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
