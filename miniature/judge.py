@@ -5,6 +5,7 @@ It is trained apart from everything else and never a reward. As monitors of the 
     --monitor miniature/judge.py:right,miniature/judge.py:clean,miniature/judge.py:right_and_clean
 """
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ class Judge(torch.nn.Module):
     def __init__(self):
         super().__init__()
         widths, blocks = (3, 32, 64, 96, 128), []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             blocks += [torch.nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1), torch.nn.BatchNorm2d(o),
                        torch.nn.ReLU()]
             if i > 3:

@@ -91,7 +91,7 @@ def reward_curves(rows, trained, monitors, path):
         math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)),
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for axis, name in zip(axes.flat, names, strict=False):
+    for axis, name in zip(axes.flat[: len(names)], names, strict=True):
         points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
         if points:
             steps, values = zip(*points, strict=True)
