@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from textcraftor.errors import UserError, first_line
+from textcraftor.errors import UserError
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -21,7 +21,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors each raise their own kinds for a damaged file
-        raise UserError(f"{path} cannot be read as weights ({first_line(error)}); fetch it again") from error
+        # Not the library's own words: torch's advise to switch its safe loading off.
+        raise UserError(
+            f"{path} cannot be read as weights ({type(error).__name__}): expected safetensors, or a .pt, .pth or .bin "
+            "that holds nothing but tensors; fetch it again or name another file"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
