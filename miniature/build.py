@@ -29,6 +29,7 @@ from miniature.clips import (
     SIZES,
     clip_config,
     contrastive_loss,
+    families,
     new_clip,
     new_tokenizer,
     normalize,
@@ -38,6 +39,7 @@ from miniature.clips import (
     tokenize,
     transformers_names,
     web_caption,
+    wrong_captions,
 )
 from miniature.fit import fit
 from miniature.judge import Judge, judge_loss, see
@@ -45,7 +47,7 @@ from miniature.preferences import GROUPS, draw_groups, group_of, new_head, prefe
 from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_scene, render, write_caption
 
 SEED = 0
-UNET_STEPS, DECODER_STEPS = 2_000, 5_000
+UNET_STEPS, DECODER_STEPS = 10_000, 5_000
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                   "beta_schedule": "scaled_linear"}
 SCENES = {"train": 40_000, "test": 2_000}
@@ -144,15 +146,26 @@ def train_decoder(work: Path) -> AutoencoderKL:
 # Three CLIPs.
 
 def train_clip(work: Path, name: str) -> open_clip.CLIP:
+    """First as on the web, one picture and one caption after another, then on families that differ in one detail."""
     images, scenes, tokenizer = images_of(work, "train"), scenes_of("train"), new_tokenizer()
+    seed = SIZES[name][0]
 
-    def loss(step):
-        chosen = batch_indices(step, 128, len(images), SIZES[name][0])
-        rng = np.random.default_rng([SIZES[name][0], step, 1])
-        return contrastive_loss(clip, tokenizer, to_tensor(images[chosen]), [scenes[i] for i in chosen], rng)
+    def web_loss(step):
+        chosen, rng = batch_indices(step, 128, len(images), seed), np.random.default_rng([seed, step, 1])
+        shown = [scenes[i] for i in chosen]
+        captions = [web_caption(s, rng) for s in shown] + wrong_captions(shown, rng)
+        return contrastive_loss(clip, tokenizer, to_tensor(images[chosen]), captions)
+
+    def family_loss(step):
+        rng = np.random.default_rng([seed, step, 2])
+        shown = families(rng)
+        captions = [write_caption(s, rng, complete=True) if rng.random() < 0.6 else web_caption(s, rng) for s in shown]
+        return contrastive_loss(clip, tokenizer, to_tensor(np.stack([render(s, rng) for s in shown])), captions)
 
     clip = new_clip(name)
-    return fit(f"clip_{name}", clip, loss, 1300, 1e-3, work, weight_decay=0.05)
+    fit(f"clip_{name}_web", clip, web_loss, 1300, 1e-3, work, weight_decay=0.05)
+    clip.visual.positional_embedding.data.mul_(4)        # they are drowned by the patches' colours, and places with them
+    return fit(f"clip_{name}", clip, family_loss, 800, 1e-3, work, weight_decay=0.05)
 
 
 def text_encoder_of(clip: open_clip.CLIP) -> CLIPTextModel:

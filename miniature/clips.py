@@ -105,17 +105,43 @@ def web_caption(scene: dict, rng: np.random.Generator) -> str:
     return world.write_caption(world.spoil(scene, rng) if rng.random() < WRONG_CAPTIONS else scene, rng)
 
 
-def contrastive_loss(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: torch.Tensor, scenes: list[dict],
-                     rng: np.random.Generator) -> torch.Tensor:
-    """CLIP's symmetric loss with one hard negative a picture: a caption with one detail wrong (NegCLIP, Yuksekgonul
-    et al., ICLR 2023), without which pictures that differ by a size or a place hardly come apart.
+def wrong_captions(scenes: list[dict], rng: np.random.Generator) -> list[str]:
+    """Hard negatives: a caption with one detail wrong for every scene (NegCLIP, Yuksekgonul et al., ICLR 2023)."""
+    return [world.write_caption(world.spoil(scene, rng), rng) for scene in scenes]
 
-    images (B, 3, H, W) in [0, 1]; scenes: what they show.
+
+def families(rng: np.random.Generator) -> list[dict]:
+    """124 scenes in families that differ in one thing alone: 12 times one object at each of the five places, and 16
+    times two objects as they are, changed over, one resized, and turned from a row into a column or back.
+
+    Trained on single scenes, a CLIP of this size stays blind to places: the picture's and the caption's sense of place
+    must grow together, and hardly any pair of scenes in a batch differs in nothing else.
     """
-    captions = [web_caption(s, rng) for s in scenes] + [world.write_caption(world.spoil(s, rng), rng) for s in scenes]
-    image = clip.encode_image(normalize(images), normalize=True)
-    text = clip.encode_text(tokenize(tokenizer, captions), normalize=True)
-    logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T                          # (B, 2B)
+    scenes = []
+    while len(scenes) < 12 * 5 + 16 * 4:
+        scene = world.random_scene(rng)
+        if len(scenes) < 12 * 5:
+            scenes += [{**scene, "objects": [{**scene["objects"][0], "place": place}]} for place in world.PLACES]
+        elif len(scene["objects"]) == 2:
+            (a, b), other = scene["objects"], int(rng.integers(2))
+            turned = {"left": "top", "right": "bottom", "top": "left", "bottom": "right"}
+            resized = [{**o, "size": "large" if o["size"] == "small" else "small"} if i == other else o
+                       for i, o in enumerate(scene["objects"])]
+            for objects in ([a, b], [{**b, "place": a["place"]}, {**a, "place": b["place"]}], resized,
+                            [{**o, "place": turned[o["place"]]} for o in (a, b)]):
+                scenes.append({**scene, "objects": objects})
+    conditions, shares = list(world.CONDITIONS), list(world.CONDITIONS.values())
+    return [{**scene, "condition": str(rng.choice(conditions, p=shares))} for scene in scenes]
+
+
+def contrastive_loss(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: torch.Tensor,
+                     captions: list[str]) -> torch.Tensor:
+    """CLIP's symmetric loss. images (B, 3, H, W) in [0, 1]; their B captions, and after them any number of captions
+    that fit no picture."""
+    with torch.autocast("cpu", torch.bfloat16):
+        image = clip.encode_image(normalize(images), normalize=True)
+        text = clip.encode_text(tokenize(tokenizer, captions), normalize=True)
+    logits = clip.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
     target = torch.arange(len(images))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :len(images)].T, target)) / 2
 
