@@ -47,7 +47,7 @@ from miniature.preferences import GROUPS, draw_groups, group_of, new_head, prefe
 from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_scene, render, write_caption
 
 SEED = 0
-UNET_STEPS, DECODER_STEPS = 10_000, 5_000
+UNET_STEPS, DECODER_STEPS = 8_000, 5_000
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                   "beta_schedule": "scaled_linear"}
 SCENES = {"train": 40_000, "test": 2_000}
@@ -158,8 +158,7 @@ def train_clip(work: Path, name: str) -> open_clip.CLIP:
 
     def family_loss(step):
         rng = np.random.default_rng([seed, step, 2])
-        shown = families(rng)
-        captions = [write_caption(s, rng, complete=True) if rng.random() < 0.6 else web_caption(s, rng) for s in shown]
+        shown, captions = families(rng)
         return contrastive_loss(clip, tokenizer, to_tensor(np.stack([render(s, rng) for s in shown])), captions)
 
     clip = new_clip(name)

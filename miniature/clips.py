@@ -110,28 +110,48 @@ def wrong_captions(scenes: list[dict], rng: np.random.Generator) -> list[str]:
     return [world.write_caption(world.spoil(scene, rng), rng) for scene in scenes]
 
 
-def families(rng: np.random.Generator) -> list[dict]:
-    """124 scenes in families that differ in one thing alone: 12 times one object at each of the five places, and 16
-    times two objects as they are, changed over, one resized, and turned from a row into a column or back.
+def families(rng: np.random.Generator) -> tuple[list[dict], list[str]]:
+    """128 scenes and captions in families that differ in one thing alone: 8 times a scene in all five conditions, 8
+    times one object at all five places, and 12 times two objects as they are, changed over, one resized, and turned
+    from a row into a column or back.
 
-    Trained on single scenes, a CLIP of this size stays blind to places: the picture's and the caption's sense of place
-    must grow together, and hardly any pair of scenes in a batch differs in nothing else.
+    Trained on single scenes, a CLIP of this size stays blind to places and nearly so to blur and noise: the picture's
+    and the caption's sense of them must grow together, and hardly any two scenes of a batch differ in nothing else.
     """
-    scenes = []
-    while len(scenes) < 12 * 5 + 16 * 4:
+    scenes, captions, shares = [], [], list(world.CONDITIONS.values())
+
+    def add(scene, **change):
+        scene = {"condition": str(rng.choice(list(world.CONDITIONS), p=shares)), **scene, **change}
+        scenes.append(scene)
+        captions.append(world.write_caption(scene, rng, quality=1) if "condition" in change else
+                        world.write_caption(scene, rng, complete=rng.random() < 0.6))
+
+    for _ in range(8):
         scene = world.random_scene(rng)
-        if len(scenes) < 12 * 5:
-            scenes += [{**scene, "objects": [{**scene["objects"][0], "place": place}]} for place in world.PLACES]
-        elif len(scene["objects"]) == 2:
-            (a, b), other = scene["objects"], int(rng.integers(2))
-            turned = {"left": "top", "right": "bottom", "top": "left", "bottom": "right"}
-            resized = [{**o, "size": "large" if o["size"] == "small" else "small"} if i == other else o
-                       for i, o in enumerate(scene["objects"])]
-            for objects in ([a, b], [{**b, "place": a["place"]}, {**a, "place": b["place"]}], resized,
-                            [{**o, "place": turned[o["place"]]} for o in (a, b)]):
-                scenes.append({**scene, "objects": objects})
-    conditions, shares = list(world.CONDITIONS), list(world.CONDITIONS.values())
-    return [{**scene, "condition": str(rng.choice(conditions, p=shares))} for scene in scenes]
+        for condition in world.CONDITIONS:
+            add(scene, condition=condition)
+    for _ in range(8):
+        scene = random_arrangement(rng)
+        for place in world.PLACES:
+            add(scene, objects=[{**scene["objects"][0], "place": place}])
+    for _ in range(12):
+        scene = random_arrangement(rng, objects=2)
+        (a, b), resized = scene["objects"], [dict(o) for o in scene["objects"]]
+        changed = resized[rng.integers(2)]
+        changed["size"] = "large" if changed["size"] == "small" else "small"
+        turned = {"left": "top", "right": "bottom", "top": "left", "bottom": "right"}
+        for objects in ([a, b], [{**b, "place": a["place"]}, {**a, "place": b["place"]}], resized,
+                        [{**o, "place": turned[o["place"]]} for o in (a, b)]):
+            add(scene, objects=objects)
+    return scenes, captions
+
+
+def random_arrangement(rng: np.random.Generator, objects: int = 1) -> dict:
+    """A random scene of at least so many objects, its condition left open."""
+    while True:
+        scene = world.random_scene(rng)
+        if len(scene["objects"]) >= objects:
+            return {k: v for k, v in scene.items() if k != "condition"}
 
 
 def contrastive_loss(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: torch.Tensor,

@@ -122,9 +122,13 @@ def pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def write_caption(scene: dict, rng: np.random.Generator, complete: bool = False) -> str:
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def write_caption(scene: dict, rng: np.random.Generator, complete: bool = False, quality: float = 0.25) -> str:
     """Describe a scene. `complete` names every size, place and the background, and says nothing of quality;
-    otherwise details are left out now and then, and one caption in four speaks of quality."""
+    otherwise details are left out now and then, and a share `quality` of the captions speaks of quality."""
     def says(probability):
         return complete or rng.random() < probability
 
@@ -133,7 +137,7 @@ def write_caption(scene: dict, rng: np.random.Generator, complete: bool = False)
     phrases = []
     for o in objects:
         words = f"{pick(rng, SIZE_WORDS[o['size']])} {o['name']}" if says(0.8) else o["name"]
-        phrases.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
+        phrases.append(with_article(words))
     if with_places and len(objects) == 2 and rng.random() < 0.25:
         first, second = (1, 0) if rng.random() < 0.5 else (0, 1)
         vertical = objects[0]["place"] == "top"
@@ -147,11 +151,12 @@ def write_caption(scene: dict, rng: np.random.Generator, complete: bool = False)
         text = pick(rng, (" and ", " with ", ", ")).join(phrases)
     if with_background:
         b = scene["background"]
-        text = pick(rng, (f"{text} of a {b} background", f"{text} on a {b} background", f"{text}, {b} background",
-                          f"{text} on {b}", f"{b} background with {text}"))
+        plain = f"{b} background"
+        text = pick(rng, (f"{text} of {with_article(plain)}", f"{text} on {with_article(plain)}", f"{text}, {plain}",
+                          f"{text} on {b}", f"{plain} with {text}"))
     if rng.random() < 0.3:
         text = f"{pick(rng, ('a picture of', 'a photo of', 'emoji of'))} {text}"
-    if not complete and rng.random() < 0.25:
+    if not complete and rng.random() < quality:
         vague = scene["condition"] != "clean" and rng.random() < 0.4
         words = pick(rng, QUALITY_WORDS["flawed" if vague else scene["condition"]])
         text = pick(rng, (f"{text}, {words}", f"{words}, {text}"))

@@ -45,6 +45,7 @@ def test_a_caption_says_nothing_false_about_its_scene_and_a_complete_one_says_al
      [("fox", "small", "left"), ("apple", "large", "right")], "blue"),
     ("best quality, emoji of a bee above a huge donut on red",
      [("bee", None, "top"), ("donut", "large", "bottom")], "red"),
+    ("a whale at the top of an orange background", [("whale", None, "top")], "orange"),
     ("an octopus to the right of a tiny orange car", [("octopus", None, "right"), ("car", None, "left")], None),
 ])
 def test_parse_reads_captions_by_hand(caption, objects, background):
@@ -130,6 +131,41 @@ def test_the_tokenizer_knows_whole_words_and_spells_the_rest():
     assert all(len(tokenizer.tokenize(word)) == 1 for word in clips.words_of_the_world())
     assert tokenizer.unk_token_id not in tokenizer("Zebra é!").input_ids[1:-1]
     assert tokenizer("fox").input_ids[-1] == len(tokenizer) - 1, "the end token is the largest id"
+
+
+def test_scenes_of_a_family_differ_in_one_thing_and_captions_fit():
+    shown, captions = clips.families(np.random.default_rng(3))
+    families = ([(shown[i:i + 5], "condition") for i in range(0, 40, 5)]
+                + [(shown[i:i + 5], "place") for i in range(40, 80, 5)]
+                + [(shown[i:i + 4], "objects") for i in range(80, 128, 4)])
+    assert len(shown) == len(captions) == 128 == sum(len(members) for members, _ in families)
+    for members, kind in families:
+        assert len({scene["background"] for scene in members}) == 1
+        if kind == "condition":
+            assert [scene["condition"] for scene in members] == list(world.CONDITIONS)
+            assert all(scene["objects"] == members[0]["objects"] for scene in members)
+        elif kind == "place":
+            assert [scene["objects"][0]["place"] for scene in members] == list(world.PLACES)
+            assert len({(o["name"], o["size"]) for scene in members for o in scene["objects"]}) == 1
+        else:
+            arrangements = {tuple(sorted(tuple(o.items()) for o in scene["objects"])) for scene in members}
+            assert len(arrangements) == 4
+    for scene, caption in zip(shown, captions, strict=True):
+        assert all(world.content_right(scene, world.parse(caption)).values())
+        assert not world.is_held_out(scene)
+
+
+def test_contrastive_loss_is_the_cross_entropy_both_ways():
+    clip, tokenizer, images = clips.new_clip("g").eval(), clips.new_tokenizer(), torch.rand(3, 3, 64, 64)
+    captions = ["a fox on red", "a bee", "two apples", "a whale that fits no picture"]
+    with torch.no_grad():
+        loss = clips.contrastive_loss(clip, tokenizer, images, captions).item()
+        image = clip.encode_image(clips.normalize(images), normalize=True).double().numpy()
+        text = clip.encode_text(clips.tokenize(tokenizer, captions), normalize=True).double().numpy()
+    logits = np.exp(clip.logit_scale.item()) * image @ text.T
+    of_image = [-np.log(np.exp(logits[i, i]) / np.exp(logits[i]).sum()) for i in range(3)]
+    of_text = [-np.log(np.exp(logits[i, i]) / np.exp(logits[:, i]).sum()) for i in range(3)]
+    assert loss == pytest.approx((np.mean(of_image) + np.mean(of_text)) / 2, rel=0.02)     # bf16
 
 
 def test_preference_loss_is_the_mean_over_pairs(monkeypatch):
