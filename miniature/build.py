@@ -47,7 +47,7 @@ from miniature.preferences import GROUPS, draw_groups, group_of, new_head, prefe
 from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_scene, render, write_caption
 
 SEED = 0
-UNET_STEPS, DECODER_STEPS = 8_000, 5_000
+UNET_STEPS, DECODER_STEPS = 5_000, 5_000
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
                   "beta_schedule": "scaled_linear"}
 SCENES = {"train": 40_000, "test": 2_000}
@@ -255,7 +255,7 @@ def train_preference(work: Path, name: str) -> open_clip.CLIP:
         images = to_tensor((decoded if ragged else drawn)[chosen].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
         return preference_loss(clip, tokenizer, images.unflatten(0, (24, 4)), [groups[i] for i in chosen], ragged, rng)
 
-    return fit(name, clip, loss, 600, 2e-4, work, weight_decay=0.05)
+    return fit(name, clip, loss, 600, 6e-5, work, weight_decay=0.05)
 
 
 def train_aesthetic(work: Path) -> torch.nn.Sequential:
@@ -294,7 +294,7 @@ def train_judge(work: Path) -> Judge:
         shown = [scenes[i] for i in plain] + [groups[g]["scenes"][i] for g, i in whole]
         return judge_loss(judge, batch, shown)
 
-    return fit("judge", judge, loss, 2500, 2e-3, work)
+    return fit("judge", judge, loss, 4500, 2e-3, work)
 
 
 @torch.inference_mode()
