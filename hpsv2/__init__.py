@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from rewards.towers import CONFIG, OpenClipReward, load_open_clip, load_tokenizer, missing_file
+from textcraftor.downloads import command
 
 
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
-    path = root / "hpsv2" / "HPS_v2_compressed.pt"
-    return missing_file(path, f"hf download xswu/HPSv2 {path.name} --local-dir {path.parent}")
+    return missing_file(root / "hpsv2" / "HPS_v2_compressed.pt", command("hpsv2", root))
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: str = "v2") -> OpenClipReward:

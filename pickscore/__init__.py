@@ -9,6 +9,7 @@ from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rewards.base import Reward
 from rewards.towers import missing_file
+from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
 from textcraftor.weights import check_fit
 
@@ -45,8 +46,8 @@ class PickScore(Reward):
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
     folder = root / "pickscore" / "pickmodel"
-    how = f"hf download yuvalkirstain/PickScore_v1 config.json model.safetensors --local-dir {folder}"
-    return [line for name in ("config.json", "model.safetensors") for line in missing_file(folder / name, how)]
+    files = (folder / "config.json", folder / "model.safetensors")
+    return [line for path in files for line in missing_file(path, command("pickscore", root))]
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> PickScore:

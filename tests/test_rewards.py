@@ -462,10 +462,10 @@ def test_check_files_names_everything_that_is_missing(tmp_path, monkeypatch):
     for part in [
         "open_clip ViT-g-14 (laion2b_s34b_b88k)",
         "open_clip ViT-L-14-quickgelu (openai)",
-        f"{tmp_path}/aesthetic/{aesthetic.HEAD}; get it: curl",
-        f"{tmp_path}/pickscore/pickmodel/config.json; get it: hf download yuvalkirstain/PickScore_v1",
+        f"{tmp_path}/aesthetic/{aesthetic.HEAD}; get it: python download_models.py --only aesthetic --root {tmp_path}",
+        f"{tmp_path}/pickscore/pickmodel/config.json; get it: python download_models.py --only pickscore",
         f"{tmp_path}/pickscore/pickmodel/model.safetensors; get it",
-        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt; get it: hf download xswu/HPSv2",
+        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt; get it: python download_models.py --only hpsv2",
     ]:
         assert part in message
     rewards.check_files([], tmp_path)

@@ -8,6 +8,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
@@ -29,8 +30,7 @@ def check_model(model):
             raise UserError(f"{model}: not a whole Stable Diffusion folder: no {', '.join(missing)}/ in it")
     elif folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
         raise UserError(
-            f"{model}: no such model folder. Stable Diffusion v1.5 belongs there: "
-            f"hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir {model} "
+            f"{model}: no such model. Get Stable Diffusion v1.5, into stable-diffusion-v1-5/: {command('sd')} "
             "(or name another folder or a hub id with --model, or train the one that ships here: --model miniature)"
         )
 
