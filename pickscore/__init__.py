@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
@@ -11,6 +10,7 @@ from rewards.base import Reward
 from rewards.towers import missing_file
 from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
+from textcraftor.models import clip_tokenizer
 from textcraftor.weights import check_fit
 
 
@@ -79,11 +79,3 @@ def load_tokenizer(folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
             "put the model's own tokenizer files there"
         )
     return tokenizer
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 tokens, as in laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from open_clip's vocabulary."""
-    bpe = open_clip.SimpleTokenizer()
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(token, token): index for token, index in bpe.encoder.items()}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=bpe.context_length)

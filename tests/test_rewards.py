@@ -19,10 +19,10 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 import aesthetic
 import hpsv2
-import pickscore
 import rewards
 from rewards.base import preprocess
 from textcraftor.errors import UserError
+from textcraftor.models import clip_tokenizer
 
 PROMPTS = ["a small fox at the left", "a large apple, oil painting", "an anchor"]
 REAL_HEAD = Path(__file__).parents[2] / "shared" / "data" / aesthetic.HEAD
@@ -297,7 +297,7 @@ def test_prompts_over_the_context_are_cut_and_said_once(rewards_root, caplog, na
 def test_clip_tokenizer_equals_one_from_clips_files_on_real_prompts(tmp_path):
     tiny.make_tokenizer(tmp_path)
     lines = REAL_PROMPTS.read_text(encoding="utf-8").splitlines()
-    assert pickscore.clip_tokenizer()(lines).input_ids == CLIPTokenizer.from_pretrained(tmp_path)(lines).input_ids
+    assert clip_tokenizer()(lines).input_ids == CLIPTokenizer.from_pretrained(tmp_path)(lines).input_ids
 
 
 def make_small_vocabulary(folder, **text_config):
