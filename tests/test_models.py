@@ -168,10 +168,12 @@ def test_folders_of_2022_with_pickled_weights(stable_diffusion, tmp_path, no_net
     assert_same(load_model(str(folder))[1:-1], load_model(str(stable_diffusion))[1:-1])
 
 
-def test_folders_as_todays_library_writes_them(stable_diffusion, tmp_path, no_network):
-    pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion)
-    pipeline.save_pretrained(tmp_path / "model")
-    assert_same(load_model(str(tmp_path / "model"))[1:-1], load_model(str(stable_diffusion))[1:-1])
+@pytest.mark.parametrize("dtype, variant", [(torch.float32, None), (torch.float16, "fp16")])
+def test_folders_as_todays_library_writes_them(stable_diffusion, tmp_path, no_network, dtype, variant):
+    pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion).to(dtype)
+    pipeline.save_pretrained(tmp_path / "model", variant=variant)
+    expected = [network.to(dtype).float() for network in load_model(str(stable_diffusion))[1:-1]]
+    assert_same(load_model(str(tmp_path / "model"))[1:-1], expected)
 
 
 def test_the_vae_of_sd_v1_5_names_its_attention_the_old_way(stable_diffusion, tmp_path):

@@ -65,6 +65,9 @@ def load_model(model):
 
 def _load_folder(model):
     where = {"local_files_only": Path(model).is_dir()}
+    weights = [path.name for path in Path(model, "unet").glob("diffusion_pytorch_model*")]
+    if weights and all(".fp16." in name for name in weights):
+        where["variant"] = "fp16"
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
     networks = []
     for part, kind in NETWORKS.items():
