@@ -20,7 +20,7 @@ def main(argv=None):
     parser.add_argument("--only", default=default, help=f"comma-separated, of {', '.join(SOURCES)}")
     parser.add_argument("--root", default=REPOSITORY, help="folder to put everything below, for training's --weights")
     args = parser.parse_args(argv)
-    names = [name.strip() for name in args.only.split(",")]
+    names = list(dict.fromkeys(name.strip() for name in args.only.split(",")))
     if unknown := [name for name in names if name not in SOURCES]:
         raise UserError(f"--only {args.only}: there is no {unknown[0]!r}; expected some of {', '.join(SOURCES)}")
     download(names, args.root)

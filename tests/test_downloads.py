@@ -11,7 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 import open_clip
 import pytest
@@ -32,11 +32,13 @@ class Hub:
 
     cuts: {path: [bytes after which a GET is cut]}, one for each GET, or "reset" (RST after a while) or "500" (nothing
     but that status); status: {repo: HTTP status};
-    promised: {path: sha256 told}. `gets` are the (path, first byte, authorization) of all GETs.
+    promised: {path: sha256 told}. Contents come from a host of another name, as the real hub's. `gets` are the (path,
+    first byte, authorization) of all GETs there, `tokens` the authorizations the hub itself got.
     """
 
     def __init__(self, contents):
         self.contents, self.cuts, self.status, self.promised, self.gets = contents, {}, {}, {}, []
+        self.tokens = set()
 
     def sha256(self, path):
         return self.promised.get(path) or hashlib.sha256(self.contents[path]).hexdigest()
@@ -72,6 +74,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self, head=False):
         hub, path = self.server.hub, unquote(self.path[1:]).replace("/resolve/main/", "/").removeprefix("datasets/")
+        if not head and not path.startswith("cdn/") and path in hub.contents:
+            hub.tokens.add(self.headers.get("Authorization"))
+            return self.answer(302, {"Location": f"http://localhost:{self.server.server_port}/cdn/{quote(path)}"})
+        path = path.removeprefix("cdn/")
         if path not in hub.contents:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         content, first = hub.contents[path], 0
@@ -229,9 +235,10 @@ def test_refusals_are_explained_and_the_rest_is_fetched(hub, tmp_path):
     assert files(tmp_path) == sorted(f"stable-diffusion-v1-5/{name}" for name in downloads.STABLE_DIFFUSION_FILES)
 
 
-def test_the_token_is_sent(hub, tmp_path):
+def test_the_token_is_sent_to_the_hub_alone(hub, tmp_path):
     assert fetch(hub, tmp_path, "hpsv2.1", HF_TOKEN="hf_secret")[0] == 0
-    assert hub.gets == [("xswu/HPSv2/HPS_v2.1_compressed.pt", 0, "Bearer hf_secret")]
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert hub.gets == [("xswu/HPSv2/HPS_v2.1_compressed.pt", 0, None)]
 
 
 def test_an_unknown_name_is_refused(hub, tmp_path):
