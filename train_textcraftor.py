@@ -38,7 +38,7 @@ MOST_SKIPS = 10  # updates skipped in a row that end the run
 
 # fmt: off
 OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
-    ("--model",            "./stable-diffusion-v1-5", "folder, hub id, or `miniature` (has its own defaults)"),
+    ("--model",            "./stable-diffusion-v1-5", "folder, file, hub id, or `miniature` (with its defaults)"),
     ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder to start from (to keep, with --lr_text 0)"),
     ("--prompts",          "openprompts.csv",         "csv, tsv, txt, jsonl, parquet; column `prompt`, else the first"),

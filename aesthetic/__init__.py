@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rewards.base import Reward, at_least_fp32
 from rewards.towers import find_tower, load_open_clip, missing_file, missing_tower
+from textcraftor.downloads import command
 from textcraftor.errors import UserError
 from textcraftor.weights import load_strictly, read_weights
 
@@ -37,9 +38,8 @@ class Aesthetic(Reward):
 
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
-    path = root / "aesthetic" / HEAD
-    url = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth"
-    return missing_file(path, f"curl -L -o '{path}' {url}") + missing_tower(root / "aesthetic" / "clip", *TOWER)
+    folder, how = root / "aesthetic", command("aesthetic", root)
+    return missing_file(folder / HEAD, how) + missing_tower(folder / "clip", *TOWER, how)
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Aesthetic:

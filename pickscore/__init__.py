@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-import open_clip
 import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rewards.base import Reward
 from rewards.towers import missing_file
+from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
+from textcraftor.models import clip_tokenizer
 from textcraftor.weights import check_fit
 
 
@@ -45,8 +46,8 @@ class PickScore(Reward):
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
     folder = root / "pickscore" / "pickmodel"
-    how = f"hf download yuvalkirstain/PickScore_v1 config.json model.safetensors --local-dir {folder}"
-    return [line for name in ("config.json", "model.safetensors") for line in missing_file(folder / name, how)]
+    files = (folder / "config.json", folder / "model.safetensors")
+    return [line for path in files for line in missing_file(path, command("pickscore", root))]
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> PickScore:
@@ -78,11 +79,3 @@ def load_tokenizer(folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
             "put the model's own tokenizer files there"
         )
     return tokenizer
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 tokens, as in laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from open_clip's vocabulary."""
-    bpe = open_clip.SimpleTokenizer()
-    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {renamed.get(token, token): index for token, index in bpe.encoder.items()}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=bpe.context_length)

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 
 from rewards.towers import OpenClipReward, find_tower, load_open_clip, load_tokenizer, missing_tower
+from textcraftor.downloads import command
 
 TOWER = ("ViT-g-14", "laion2b_s34b_b88k")
 
 
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
-    return missing_tower(root / "clip", *TOWER)
+    return missing_tower(root / "clip", *TOWER, command("clip", root))
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> OpenClipReward:

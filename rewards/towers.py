@@ -81,14 +81,13 @@ def find_tower(folder: Path, name: str, tag: str) -> tuple[str, Path | None]:
     return architecture, next((path for path in places if path.is_file()), None)
 
 
-def missing_tower(folder: Path, name: str, tag: str) -> list[str]:
+def missing_tower(folder: Path, name: str, tag: str, how: str) -> list[str]:
     """One line for the tower's weights if they are missing: what, where they belong and how to get them."""
     architecture, weights = find_tower(folder, name, tag)
     if weights:
         return []
     if architecture == name:
-        fetch = f"python -c \"import open_clip; open_clip.create_model('{name}', '{tag}')\""
-        return [f"open_clip {name} ({tag}) in the hub's cache, or an open_clip folder at {folder}; get it: {fetch}"]
+        return [f"open_clip {name} ({tag}) in the hub's cache, or an open_clip folder at {folder}; get it: {how}"]
     return [f"{folder / HF_SAFE_WEIGHTS_NAME}; put it beside the {CONFIG} there"]
 
 

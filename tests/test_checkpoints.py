@@ -8,12 +8,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from textcraftor import checkpoints
 from textcraftor.checkpoints import last_state, load_text_encoder, load_unet, save_text_encoder, save_unet
 from textcraftor.errors import UserError
-from textcraftor.models import load_model
+from textcraftor.models import SD_V1_CONFIGS, load_model
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,36 @@ def test_text_encoder_comes_in_under_any_name(model, tmp_path, prefix, suffix):
     back = refilled(model[1], 0)
     load_text_encoder(back, path)
     assert_same(back, encoder)
+
+
+def paper_weights():
+    """Names and shapes of the paper's file, written down from transformers 4, without position_ids."""
+    shapes = {"embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768)}
+    for layer in range(12):
+        parts = {f"self_attn.{part}_proj": (768, 768) for part in "kvq"} | {"self_attn.out_proj": (768, 768)}
+        parts |= {"layer_norm1": (768,), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072), "layer_norm2": (768,)}
+        for part, shape in parts.items():
+            shapes |= {f"encoder.layers.{layer}.{part}.weight": shape, f"encoder.layers.{layer}.{part}.bias": shape[:1]}
+    shapes |= {"final_layer_norm.weight": (768,), "final_layer_norm.bias": (768,)}
+    return {f"module.text_model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("position_ids", [False, True])
+def test_the_papers_file_fits_the_real_text_encoder(tmp_path, position_ids):
+    with torch.device("meta"):
+        encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(SD_V1_CONFIGS / "text_encoder"))
+    state, path = paper_weights(), tmp_path / "tc_text_e_0_iter_10000.pth"
+    assert len(state) == 196
+    if position_ids:
+        state["module.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    torch.save(state, path)
+    load_text_encoder(encoder, path)
+    # Of another kind of model: the first of what is missing, and of what is too much.
+    last = "module.text_model.encoder.layers.11.mlp.fc2.bias"
+    state["module.visual.proj"] = state.pop(last)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"missing: \S*encoder.layers.11.mlp.fc2.bias; unexpected: module.visual.proj$"):
+        load_text_encoder(encoder, path)
 
 
 def test_half_precision_weights_are_read_into_fp32(model, tmp_path):

@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import aesthetic
 import hpsv2
-import pickscore
 import rewards
 from rewards.base import preprocess
 from textcraftor.errors import UserError
+from textcraftor.models import clip_tokenizer
 
 PROMPTS = ["a small fox at the left", "a large apple, oil painting", "an anchor"]
 REAL_HEAD = Path(__file__).parents[2] / "shared" / "data" / aesthetic.HEAD
@@ -86,19 +87,51 @@ def test_hpsv2_is_open_clips_own_cosine(rewards_root, pictures, tmp_path, versio
 
 @pytest.mark.parametrize("own_tokenizer_files", [False, True])
 def test_pickscore_is_transformers_own_logit(rewards_root, pictures, tmp_path, own_tokenizer_files):
+    """With the processor that PickScore's authors use (laion/CLIP-ViT-H-14-laion2B-s32B-b79K's), called as by them."""
     root = copy_of(rewards_root, tmp_path)
     folder = root / "pickscore" / "pickmodel"
-    tiny.make_tokenizer(folder if own_tokenizer_files else tmp_path / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder if own_tokenizer_files else tmp_path / "tokenizer")
-    size = {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
-    processor = CLIPImageProcessor(do_resize=False, crop_size=size)
+    files = folder if own_tokenizer_files else tmp_path / "processor"
+    tiny.make_tokenizer(files)
+    tiny.write_json(files / "preprocessor_config.json", {
+        "crop_size": tiny.IMAGE_SIZE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": tiny.IMAGE_SIZE,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    })  # fmt: skip
+    processor = CLIPProcessor.from_pretrained(files)
+    prompts = ["a small fox at the left", "An Owl, 4k!", "fox " * 90]
+    text = processor(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    image = processor(images=pictures, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
-        output = CLIPModel.from_pretrained(folder)(
-            **tokenizer(PROMPTS, padding=True, return_tensors="pt"), **processor(pictures, return_tensors="pt")
-        )
-    score = rewards.load_reward("pickscore", root, "cpu")(to_images(pictures), PROMPTS)
+        output = CLIPModel.from_pretrained(folder)(**text, **image)
+    score = rewards.load_reward("pickscore", root, "cpu")(to_images(pictures), prompts)
     assert torch.allclose(score, output.logits_per_image.diagonal(), atol=1e-4)
     assert score.std() > 1
+
+
+def test_pickscores_file_has_the_names_of_the_released_one(rewards_root):
+    """Names as written down from transformers 4, which saved it; the same for the real sizes and the small."""
+
+    def names(text_layers, vision_layers):
+        parts = [f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")]
+        parts += ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+        stems = [f"text_model.encoder.layers.{layer}.{part}" for layer in range(text_layers) for part in parts]
+        stems += [f"vision_model.encoder.layers.{layer}.{part}" for layer in range(vision_layers) for part in parts]
+        stems += ["text_model.final_layer_norm", "vision_model.pre_layrnorm", "vision_model.post_layernorm"]
+        weights = ["text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding"]
+        weights += ["vision_model.embeddings.patch_embedding", "vision_model.embeddings.position_embedding"]
+        weights = [f"{stem}.weight" for stem in (*stems, *weights, "visual_projection", "text_projection")]
+        return {*weights, *(f"{stem}.bias" for stem in stems), "logit_scale", "vision_model.embeddings.class_embedding"}
+
+    file = load_file(rewards_root / "pickscore" / "pickmodel" / "model.safetensors")
+    assert {name for name in file if not name.endswith("position_ids")} == names(2, 2)
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=1024)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+        same = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    assert model.state_dict().keys() == names(24, 32)
+    assert sum(weight.numel() for weight in model.parameters()) == sum(weight.numel() for weight in same.parameters())
 
 
 def linear_layers(state, features):
@@ -109,19 +142,27 @@ def linear_layers(state, features):
     return features[..., 0]
 
 
-def test_aesthetic_is_the_head_on_open_clips_own_embedding(rewards_root, pictures):
-    folder = rewards_root / "aesthetic"
+needs_real_head = pytest.mark.skipif(not REAL_HEAD.is_file(), reason=f"the released head is not at {REAL_HEAD}")
+
+
+@pytest.mark.parametrize("released_head", [False, pytest.param(True, marks=needs_real_head)])
+def test_aesthetic_is_the_head_on_open_clips_own_embedding(rewards_root, pictures, tmp_path, released_head):
+    root = copy_of(rewards_root, tmp_path)
+    folder = root / "aesthetic"
+    if released_head:
+        shutil.copy(REAL_HEAD, folder)
+        tiny.make_open_clip_folder(folder / "clip", tiny.OPEN_CLIP | {"embed_dim": 768, "quick_gelu": True}, seed=2)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder / 'clip'}")
     with torch.no_grad():
         features = model.eval().encode_image(torch.stack([transform(picture) for picture in pictures])).double().numpy()
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
-    expected = linear_layers(torch.load(folder / aesthetic.HEAD, weights_only=True), features)
-    score = rewards.load_reward("aesthetic", rewards_root, "cpu")(to_images(pictures), PROMPTS)
+    expected = linear_layers(torch.load(folder / aesthetic.HEAD, map_location="cpu", weights_only=True), features)
+    score = rewards.load_reward("aesthetic", root, "cpu")(to_images(pictures), PROMPTS)
     np.testing.assert_allclose(score, expected, atol=1e-5)
     assert score.std() > 1e-3
 
 
-@pytest.mark.skipif(not REAL_HEAD.is_file(), reason=f"the released aesthetic head is not at {REAL_HEAD}")
+@needs_real_head
 def test_released_aesthetic_head():
     assert hashlib.sha256(REAL_HEAD.read_bytes()).hexdigest() == REAL_HEAD_SHA256
     features = np.random.default_rng(0).normal(size=(4, 768))
@@ -141,12 +182,17 @@ def test_real_architectures_are_those_of_the_released_weights(name, embedding, a
         model = open_clip.CLIP(**open_clip.get_model_config(name))
     assert model.visual.image_size == (224, 224)
     assert (model.visual.output_dim, model.context_length, model.vocab_size) == (embedding, 77, 49408)
-    assert activation in {type(module).__name__ for module in model.modules()}
+    modules = [module for module in model.modules() if "GELU" in type(module).__name__]
+    assert {type(module).__name__ for module in modules} == {activation}
+    assert len(modules) == len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
     assert "visual.transformer.resblocks.0.attn.in_proj_weight" in model.state_dict()
 
 
 def test_quick_gelu_is_taken_from_the_configuration(rewards_root, tmp_path):
-    images = random_images()
+    images, x = random_images(), torch.linspace(-4, 4, 9)
+    tower = rewards.load_reward("aesthetic", rewards_root, "cpu").tower
+    for block in tower.transformer.resblocks:
+        torch.testing.assert_close(block.mlp.gelu(x), x * torch.sigmoid(1.702 * x))
     with_quick_gelu = rewards.load_reward("aesthetic", rewards_root, "cpu")(images, PROMPTS)
     root = copy_of(rewards_root, tmp_path)
     tiny.write_json(root / "aesthetic" / "clip" / "open_clip_config.json", {"model_cfg": tiny.OPEN_CLIP})
@@ -170,6 +216,19 @@ def test_preprocess_is_adaptive_average_pooling(height, width):
     std = np.array([0.26862954, 0.26130258, 0.27577711])
     expected = (expected - mean[:, None, None]) / std[:, None, None]
     np.testing.assert_allclose(preprocess(images, (224, 224))[0], expected, rtol=1e-12)
+
+
+def test_hpsv2_sees_pictures_as_its_authors_package_does():
+    """Bicubic on floats, to the longer side, nothing rounded or clamped, the rest black; tests/test_published_hpsv2.py
+    compares the scores with the package's own."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    seen = hpsv2.prepare(Image.fromarray(pixels), 32)
+    floats = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    expected = F.interpolate(floats, (16, 32), mode="bicubic", antialias=True, align_corners=False)[0]
+    torch.testing.assert_close(seen[:, 8:24], expected)
+    assert seen.shape == (3, 32, 32) and seen[:, :8].abs().max() == seen[:, 24:].abs().max() == 0
+    square = Image.fromarray(pixels[:32, :32])
+    torch.testing.assert_close(hpsv2.prepare(square, 32), floats[0, :, :32, :32])
 
 
 # Gradients.
@@ -297,7 +356,7 @@ def test_prompts_over_the_context_are_cut_and_said_once(rewards_root, caplog, na
 def test_clip_tokenizer_equals_one_from_clips_files_on_real_prompts(tmp_path):
     tiny.make_tokenizer(tmp_path)
     lines = REAL_PROMPTS.read_text(encoding="utf-8").splitlines()
-    assert pickscore.clip_tokenizer()(lines).input_ids == CLIPTokenizer.from_pretrained(tmp_path)(lines).input_ids
+    assert clip_tokenizer()(lines).input_ids == CLIPTokenizer.from_pretrained(tmp_path)(lines).input_ids
 
 
 def make_small_vocabulary(folder, **text_config):
@@ -462,10 +521,10 @@ def test_check_files_names_everything_that_is_missing(tmp_path, monkeypatch):
     for part in [
         "open_clip ViT-g-14 (laion2b_s34b_b88k)",
         "open_clip ViT-L-14-quickgelu (openai)",
-        f"{tmp_path}/aesthetic/{aesthetic.HEAD}; get it: curl",
-        f"{tmp_path}/pickscore/pickmodel/config.json; get it: hf download yuvalkirstain/PickScore_v1",
+        f"{tmp_path}/aesthetic/{aesthetic.HEAD}; get it: python download_models.py --only aesthetic --root {tmp_path}",
+        f"{tmp_path}/pickscore/pickmodel/config.json; get it: python download_models.py --only pickscore",
         f"{tmp_path}/pickscore/pickmodel/model.safetensors; get it",
-        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt; get it: hf download xswu/HPSv2",
+        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt; get it: python download_models.py --only hpsv2",
     ]:
         assert part in message
     rewards.check_files([], tmp_path)

@@ -321,7 +321,7 @@ def test_the_defaults_are_the_papers():
         (["--monitor", "beauty"], "--monitor beauty"),
         (["--monitor", "other.py:redness"], "called redness"),
         (["--report_to", "paper"], "--report_to"),
-        (["--model", "./nothing"], "hf download"),
+        (["--model", "./nothing"], "download_models.py --only sd"),
         (["--model", "."], "tokenizer"),
         (["--prompts", "nothing.csv"], "nothing.csv"),
         (["--prompts", "empty.csv"], "no usable prompts"),

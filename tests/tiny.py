@@ -1,6 +1,7 @@
 """Tiny models with seeded random weights in the file formats of the real ones, with CLIP's real vocabulary."""
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -181,6 +182,70 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
     )
+
+
+# Parts of residual blocks in diffusers' names and in those of the original code's checkpoints.
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+RESNET |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+UNET_ENDS |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+
+
+def original_unet_name(name: str, layers: int) -> str:
+    """A UNet2DConditionModel's weight, `layers` residual blocks a level, as the original code's checkpoints call it."""
+    stem, kind = name.rsplit(".", 1)
+    if stem in UNET_ENDS:
+        return f"{UNET_ENDS[stem]}.{kind}"
+    place, number, rest = re.fullmatch(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.\w+\.(\d+)\.?(.*)", stem).groups()
+    part, number = stem.removeprefix(f"{place}.").split(".")[0], int(number)
+    level = int(place.split(".")[1]) if "." in place else 0
+    if part == "downsamplers":
+        return f"input_blocks.{(layers + 1) * (level + 1)}.0.op.{kind}"
+    if part == "upsamplers":  # after the attention, where the level has one; the first has none
+        return f"output_blocks.{(layers + 1) * (level + 1) - 1}.{1 if level == 0 else 2}.conv.{kind}"
+    if place == "mid_block":
+        block = f"middle_block.{1 if part == 'attentions' else 2 * number}"
+    else:
+        first = 1 if place.startswith("down") else 0
+        block = f"{'input' if first else 'output'}_blocks.{(layers + 1) * level + number + first}"
+        block += ".1" if part == "attentions" else ".0"
+    return f"{block}.{RESNET[rest] if part == 'resnets' else rest}.{kind}"
+
+
+def original_vae(state: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
+    """An AutoencoderKL's state dict as in the original code's checkpoints, where attention is 1 x 1 convolutions."""
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    original = {}
+    for name, value in state.items():
+        name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+        name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+        name = re.sub(r"up_blocks\.(\d)\.resnets", lambda found: f"up.{levels - 1 - int(found[1])}.block", name)
+        name = re.sub(
+            r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{levels - 1 - int(found[1])}.upsample", name
+        )
+        if "mid_block.attentions.0." in name:
+            start, part = name.split("mid_block.attentions.0.")
+            part, kind = part.rsplit(".", 1)
+            name = f"{start}mid.attn_1.{attention[part]}.{kind}"
+            value = value[..., None, None] if value.ndim == 2 else value
+        original[name] = value
+    return original
+
+
+def original_checkpoint(text_encoder, unet, vae) -> dict[str, torch.Tensor]:
+    """The three networks as one SD v1 checkpoint of the original code, as most people have it."""
+    layers, levels = unet.config.layers_per_block, len(vae.config.block_out_channels)
+    state = {"alphas_cumprod": torch.ones(1000), "model_ema.num_updates": torch.tensor(0)}
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    for name, value in text_encoder.state_dict().items():
+        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    for name, value in unet.state_dict().items():
+        state[f"model.diffusion_model.{original_unet_name(name, layers)}"] = value
+    for name, value in original_vae(vae.state_dict(), levels).items():
+        state[f"first_stage_model.{name}"] = value
+    return state
 
 
 def open_clip_weights(folder: Path, seed: int) -> dict[str, torch.Tensor]:

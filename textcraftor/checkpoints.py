@@ -24,7 +24,12 @@ def load_text_encoder(text_encoder, path):
     Keys may carry `module.` and `text_model.` in front (the paper's file has both) and include `position_ids`, a
     constant of old transformers. Raises UserError with the first missing, unexpected or misshapen names.
     """
-    state = {key: value for key, value in _read(path).items() if not key.endswith("position_ids")}
+    fill_text_encoder(text_encoder, _read(path), path)
+
+
+def fill_text_encoder(text_encoder, state, path):
+    """load_text_encoder for a state dict that was read from `path`."""
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
     own = {_bare(key): key for key in text_encoder.state_dict()}
     load_strictly(text_encoder, {own.get(_bare(key), key): value for key, value in state.items()}, path)
 

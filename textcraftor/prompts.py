@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
@@ -53,8 +54,8 @@ def check_prompts(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"{path}: no such prompt file; training takes a csv with a column `prompt` (krea.ai's Open Prompts in the "
-            "paper), or any csv, tsv, txt, jsonl or parquet file of yours"
+            f"{path}: no such prompt file; training takes a csv with a column `prompt` (in the paper krea.ai's Open "
+            f"Prompts: {command('prompts')}), or any csv, tsv, txt, jsonl or parquet file of yours"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: unknown format of a prompt file; expected one of {', '.join(SUFFIXES)}")

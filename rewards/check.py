@@ -1,0 +1,122 @@
+"""
+Are the four reward models right? Scores a few drawn pictures with the released weights and compares with golden.json.
+$ python -m rewards.check
+
+Where golden.json has no value yet, the score is recorded there: send it in, and the next one can compare.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rewards import NAMES, check_files, load_reward
+from textcraftor.errors import UserError
+
+GOLDEN = Path(__file__).with_name("golden.json")
+TOLERANCE = {"clip": 1e-3, "aesthetic": 1e-2, "pickscore": 2e-2, "hpsv2": 1e-3}  # fp32 on another device
+SIZE = 512
+
+
+def pictures():
+    """{prompt: picture (3, SIZE, SIZE) of whole 255ths in [0, 1]}, drawn by integers: the same bits everywhere."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    disc = (x - 256) ** 2 + (y - 256) ** 2 < 140**2
+    square = (abs(x - 256) < 120) & (abs(y - 256) < 120)
+    sun = (x - 256) ** 2 + (y - 300) ** 2 < 90**2
+    sky = np.stack([60 + y // 2, 30 + y // 3, 120 - y // 8], axis=-1)
+    sunset = _paint(_paint(sky, sun, (255, 220, 90)), y > 330, (25, 35, 70))
+    drawn = {
+        "a red circle on a white background": _paint(_plain(255, 255, 255), disc, (220, 20, 20)),
+        "a blue square on a yellow background": _paint(_plain(250, 220, 30), square, (20, 40, 200)),
+        "a black and white checkerboard": _paint(_plain(255, 255, 255), (x // 64 + y // 64) % 2 == 1, (0, 0, 0)),
+        "a sunset over the sea": sunset,
+    }
+    return {prompt: torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 for prompt, pixels in drawn.items()}
+
+
+def _plain(*colour):
+    return np.broadcast_to(colour, (SIZE, SIZE, 3))
+
+
+def _paint(pixels, mask, colour):
+    return np.where(mask[..., None], colour, pixels)
+
+
+@torch.inference_mode()
+def measure(reward):
+    """{prompt: score} of the pictures, and for how many of them their own prompt is the nearest (None: prompts unused).
+
+    The second needs no reference: four of four, or the model cannot tell a circle from the sea.
+    """
+    prompts, images = list(pictures()), torch.stack(list(pictures().values()))
+    scores = dict(zip(prompts, reward(images, prompts).tolist(), strict=True))
+    if reward.name == "aesthetic":
+        return scores, None
+    cosines = reward.image_features(images) @ reward.text_features(prompts).T
+    return scores, (cosines.argmax(dim=1).cpu() == torch.arange(len(prompts))).sum().item()
+
+
+def compare(name, scores, golden):
+    """Put new scores of the reward `name` into `golden`; returns a line for each, and how many are off.
+
+    golden: {prompt: {"reference": published value or None, "recorded": first measured value or None}}.
+    """
+    lines, wrong = [], 0
+    for prompt, score in scores.items():
+        entry = golden[prompt]
+        kind = next((kind for kind in ("reference", "recorded") if entry[kind] is not None), None)
+        if kind is None:
+            entry["recorded"] = round(score, 6)
+            verdict = "now recorded"
+        else:
+            good = abs(score - entry[kind]) <= TOLERANCE[name]
+            wrong += not good
+            verdict = f"{'agrees with' if good else 'DIFFERS from'} {kind} {entry[kind]:.5f}"
+        lines.append(f"{name:10} {score:9.5f}  {verdict:32}  {prompt}")
+    return lines, wrong
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default=Path(__file__).resolve().parents[1], help="where the rewards' weights lie")
+    parser.add_argument("--golden", default=GOLDEN, type=Path, help="file of expected scores, of other weights")
+    args = parser.parse_args(argv)
+    check_files(NAMES, args.weights)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    golden, wrong = json.loads(args.golden.read_text()), 0
+    before = json.dumps(golden)
+    for name in NAMES:
+        reward = load_reward(name, args.weights, device)
+        if args.golden.resolve() == GOLDEN.resolve() and reward.image_size != (224, 224):
+            raise UserError(
+                f"{name} takes {reward.image_size[0]} x {reward.image_size[1]} pixels, the released model 224 x 224; "
+                f"{GOLDEN.name} is for the released ones, name another file with --golden"
+            )
+        scores, nearest = measure(reward)
+        lines, differ = compare(name, scores, golden[name])
+        wrong += differ
+        print(*lines, sep="\n")
+        if nearest is not None:
+            print(f"{name:10} the own prompt is the nearest for {nearest} of {len(scores)} pictures")
+    if json.dumps(golden) != before:
+        machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+        golden["recorded on"] = f"{machine}, torch {torch.__version__}"
+        unfinished = args.golden.with_name(f"{args.golden.name}.part")
+        unfinished.write_text(json.dumps(golden, indent=2) + "\n")
+        os.replace(unfinished, args.golden)
+        print(f"recorded in {args.golden}")
+    if wrong:
+        raise UserError(f"{wrong} scores differ: other weights, or a loader or a library that does something else")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
