@@ -163,7 +163,7 @@ def train_clip(work: Path, name: str) -> open_clip.CLIP:
 
     clip = new_clip(name)
     fit(f"clip_{name}_web", clip, web_loss, 1300, 1e-3, work, weight_decay=0.05)
-    clip.visual.positional_embedding.data.mul_(4)        # they are drowned by the patches' colours, and places with them
+    clip.visual.positional_embedding.data.mul_(4)        # the patches' colours drown them, and places with them
     return fit(f"clip_{name}", clip, family_loss, 800, 1e-3, work, weight_decay=0.05)
 
 

@@ -4,6 +4,7 @@ Three CLIPs as in the real thing. "L" (QuickGELU, like OpenAI's ViT-L/14) gives 
 the aesthetic reward its image tower; "g" is the CLIP reward; "H" is what PickScore and HPS v2 are fine-tuned from.
 """
 import json
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,8 +46,12 @@ def new_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
+    # Between equally frequent pairs the trainer takes the lower numbers, and left to itself it numbers the ends of words
+    # at random. Special tokens it numbers as they come: frequent ends first.
+    last = Counter(word[-1] for word in words_of_the_world())
+    ends = [c + "</w>" for c in sorted(letters, key=lambda c: (-last[c], c))]
     bpe.train_from_iterator([" ".join(words_of_the_world())], BpeTrainer(
-        vocab_size=2000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+        vocab_size=2000, special_tokens=letters + ends, end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [c + "</w>" for c in letters]
     tokens += [t for t in dict.fromkeys("".join(pair) for pair in merges) if t not in tokens]
