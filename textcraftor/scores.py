@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pad, pil_to_tensor, resize
 
 import hpsv2
 from rewards import check_files, load_reward
@@ -35,15 +36,15 @@ def check_scorers(names, root, hps_version):
 
 @torch.inference_mode()
 def score_images(scorers, images, prompts):
-    """Images (B, 3, H, W) in [0, 1] and B prompts -> B dicts {column: unscaled reward}."""
-    columns = [scorer(images.float(), prompts).tolist() for scorer in scorers.values()]
+    """Images (B, 3, H, W), in [0, 1] but for official_view's, and B prompts -> B dicts {column: unscaled reward}."""
+    columns = [scorer.score(scorer.image_features(images.float()), prompts).tolist() for scorer in scorers.values()]
     # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
     rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
     return [dict(zip(scorers, row, strict=True)) for row in rows]
 
 
 def score_files(scorers, paths, prompts, view):
-    """Score image files, each after view(RGB picture) -> (3, H, W) in [0, 1].
+    """Score image files, each after view(RGB picture) -> (3, H, W).
 
     Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing or cannot be decoded.
     """
@@ -60,13 +61,24 @@ def score_files(scorers, paths, prompts, view):
 
 def whole_view(picture):
     """A picture as the decoder gave it: all its pixels."""
-    return PILToTensor()(picture) / 255
+    return pil_to_tensor(picture) / 255
 
 
 def official_view(size):
-    """The view of HPSv2's own program (open_clip's transform at test time), without the normalisation that a reward
-    does itself: shorter side to `size` by PIL's bicubic filter, then the middle."""
-    return Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), whole_view])
+    """The view of HPSv2's own program (package hpsv2 1.2): the longer side to `size` by torchvision's bicubic filter on
+    floats, which may leave [0, 1], then black borders. On square images, which have none, that is open_clip's usual
+    bicubic resize and centre crop but for the rounding to 8 bits in between."""
+
+    def view(picture):
+        image = whole_view(picture)
+        scale = size / max(image.shape[1:])
+        height, width = (round(side * scale) for side in image.shape[1:])
+        if scale != 1:
+            image = resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        top, left = (size - height) // 2, (size - width) // 2
+        return pad(image, [left, top, size - width - left, size - height - top])
+
+    return view
 
 
 def _read(path, view):
