@@ -17,6 +17,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rewards import load_reward
 from textcraftor import generate
@@ -110,7 +111,7 @@ def test_parti_scores_the_decoders_output(parti, rewards_root, monkeypatch, caps
         assert np.abs(pixels(f"out/{file}") - 255 * image.permute(1, 2, 0).numpy()).max() <= 0.5001
 
     found = summary()
-    assert found["images"] == {"scored": 5, "of": 5, "unreadable": {}}
+    assert found["images"] == {"scored": 5, "of": 5, "unreadable": {}, "prompts_cut": 0}
     for column in COLUMNS:
         assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
         means = rows.groupby("category")[column].mean()
@@ -341,6 +342,63 @@ def test_versions_of_hpsv2_are_told_apart(hpsv2, rewards_root, tmp_path, capsys)
     assert "hps_version 2.1" in Path("out/results.md").read_text()
 
 
+# --prompt_eng
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A tiny GPT-2 over single bytes."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    alphabet = [*(chr(code) for code in range(33, 127)), "Ġ", "<|endoftext|>"]
+    tiny.write_json(folder / "vocab.json", {token: index for index, token in enumerate(alphabet)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tiny.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 128})
+    size = {"vocab_size": len(alphabet), "n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**size, bos_token_id=len(alphabet) - 1, eos_token_id=len(alphabet) - 1)
+    tiny.seeded(8, lambda: GPT2LMHeadModel(config)).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_extended_before_generation_and_both_are_kept(parti, language_model, rewards_root, monkeypatch):
+    seen, real = [], generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **how: seen.extend(args[2]) or real(*args, **how))
+    parti("--prompt_eng", language_model)
+    rows, asked = table(), list(seen)
+    assert rows["extended"].tolist() == asked
+    for prompt, extended in zip(rows["prompt"], asked, strict=True):
+        assert extended.startswith(f"{prompt},") and len(extended) > len(prompt) + 20
+    assert len({extended[-20:] for extended in asked}) == 5
+    found = summary()
+    assert found["prompt_eng"] == str(language_model) and found["settings"]["score_prompt"] == "extended"
+
+    # Each prompt's own seed: batches, an interruption and a limit change nothing.
+    parti("--prompt_eng", language_model, "--batch-size", 5, "--limit", 4, "--output_path", "other")
+    assert table("other")["extended"].tolist() == asked[:4]
+    parti("--prompt_eng", language_model, "--output_path", "other")
+    assert table("other")["extended"].tolist() == asked
+    parti("--prompt_eng", language_model, "--seed", 1, "--output_path", "seed", "--limit", 1)
+    assert table("seed")["extended"][0] != asked[0]
+
+    # The same images, scored with the other prompts.
+    parti("--prompt_eng", language_model, "--score_prompt", "original", "--output_path", "original")
+    assert contents("original")["00001.png"] == contents("out")["00001.png"]
+    assert summary("original")["settings"]["score_prompt"] == "original"
+    for folder, column in (("out", "extended"), ("original", "prompt")):
+        clip = load_reward("clip", rewards_root, "cpu")
+        pictures = torch.stack([whole_view(Image.open(f"{folder}/{file}")) for file in rows["file"]])
+        expected = clip(pictures, rows[column].tolist())
+        np.testing.assert_allclose(table(folder)["clip"], expected.numpy(), atol=2e-3)
+    assert (table("original")["clip"] - rows["clip"]).abs().max() > 1e-2
+
+
+def test_what_is_no_language_model_is_refused(parti, work):
+    (work / "empty").mkdir()
+    with pytest.raises(UserError, match="--prompt_eng empty: cannot be loaded"):
+        parti("--prompt_eng", "empty")
+    with pytest.raises(UserError, match="no prompt is extended where no image is made"):
+        parti("--prompt_eng", "--score_only", ".")
+
+
 # Parts
 
 
@@ -400,5 +458,6 @@ def test_a_hash_is_of_the_values_alone(stable_diffusion):
 
 def test_pytest_takes_the_programs_for_no_tests():
     """Not even if every function were a test."""
-    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "python_functions=*", f"--ignore={ROOT / 'tests'}"]
-    assert pytest.main([*options, str(ROOT)]) == pytest.ExitCode.NO_TESTS_COLLECTED
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "python_functions=*"]
+    code = pytest.main([*options, f"--ignore={ROOT / 'tests'}", str(ROOT)])
+    assert code == pytest.ExitCode.NO_TESTS_COLLECTED

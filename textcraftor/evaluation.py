@@ -7,6 +7,7 @@ scores.csv, one row an image; summary.json; and a line in results.md.
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from textcraftor.benchmarks import Benchmark, prompts_hash
 from textcraftor.errors import UserError
 from textcraftor.options import check_all, make_parser, require
-from textcraftor.report import Table, add_result, check_settings, describe, style_scores, summarize, write_whole
+from textcraftor.report import Table, check_settings, style_scores, summarize, write_results, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEDULERS = ("DDIM", "PNDM", "DPMSolver", "DPMSingle", "Euler", "EulerAncestral", "UniPC")
@@ -41,8 +42,10 @@ OPTIONS = (
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     ("--seed",             2023,                      "of the noise, with each prompt's number"),
     ("--batch-size",       8,                         "images at once on each device"),
+    ("--score_prompt",     ("extended", "original"),  "the prompts that scores use after --prompt_eng"),
 )
 # fmt: on
+EXTENDER = "daspartho/prompt-extend"
 # What an image depends on and a score does not: the settings that --score_only does not know.
 SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "seed")
 
@@ -78,8 +81,8 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     settings |= {"hps_version": args.hps_version, **maker.settings}
     settings |= {f"{name} (sha256)": weights_hash(scorer) for name, scorer in scorers.items()}
 
-    output, columns = Path(args.output_path), [name for name in rows[0] if name != "index"]
-    table = Table(output / "scores.csv", ["index", *columns], list(scorers))
+    output = Path(args.output_path)
+    table = Table(output / "scores.csv", [*rows[0], *maker.columns], list(scorers))
     check_settings(output, settings, [] if args.score_only else rows)
     done = table.read(every_row)
     if not args.score_only:
@@ -91,40 +94,32 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
         table.write(done.values())
     before = sum(row["index"] in done for row in rows)
     say(f"{benchmark.title}: {len(rows)} prompts, {before} of them done before, on {accelerator.device}")
-    if maker.count_cut and (cut := maker.count_cut([row["prompt"] for row in rows])):
-        say(f"{cut} prompts are longer than the text encoder reads, and cut")
 
     if not work_through(accelerator, rows, done, args.batch_size, maker.work, table):
         say(f"stopped with {len(done)} images done; the same command goes on")
         return
-    if not accelerator.is_main_process:
-        return
-
-    # Results.
-    table.write([done[index] for index in sorted(done)])  # with those beyond --limit that an earlier run did
-    finished = [done[row["index"]] for row in rows]
-    summary = summarize(finished, list(scorers), benchmark.groups)
-    if benchmark.from_files:
-        sizes = {}
-        for row in every_row:
-            sizes[row["category"]] = sizes.get(row["category"], 0) + 1
-        summary["styles"], summary["average"] = style_scores(finished, *scorers, sizes)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    about = {"model": args.model, "text_path": args.text_path, "unet_path": args.unet_path, "limit": args.limit}
-    about = {"score_only": args.score_only, "limit": args.limit} if args.score_only else about
-    summary = {"benchmark": benchmark.title, **about, **summary, "settings": settings, "versions": versions}
-    write_whole(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    add_result(output / "results.md", summary)
-    for file, why in summary["images"]["unreadable"].items():
-        print(f"{file}: {why}")
-    print(describe(summary))
-    for name in ("scores.csv", "summary.json", "results.md"):
-        print(output / name)
+    if accelerator.is_main_process:
+        table.write([done[index] for index in sorted(done)])  # with those beyond --limit that an earlier run did
+        finished = [done[row["index"]] for row in rows]
+        summary = summarize(finished, list(scorers), benchmark.groups)
+        summary["images"]["prompts_cut"] = maker.count_cut(finished)
+        if benchmark.from_files:
+            (column,) = scorers
+            sizes = Counter(row["category"] for row in every_row)
+            summary["styles"], summary["average"] = style_scores(finished, column, sizes)
+        sources = ("score_only",) if args.score_only else ("model", "text_path", "unet_path", "prompt_eng")
+        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        about = {"benchmark": benchmark.title} | {name: getattr(args, name) for name in (*sources, "limit")}
+        write_results(output, about | summary | {"settings": settings, "versions": versions})
 
 
 def parse_arguments(benchmark, description, argv):
     """Command line -> options. `--model miniature` brings its own defaults; flags that are given win."""
     parser = make_parser(description, OPTIONS)
+    parser.add_argument(
+        "--prompt_eng", "--prompt-eng", nargs="?", const=EXTENDER, default="", metavar="MODEL",
+        help=f"let a language model extend the prompts, folder or hub id ({EXTENDER} if none is named)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     default_output = f"tests/paper_ckpt_{benchmark.name}"
     args.fetch = not args.prompts
@@ -151,6 +146,8 @@ def check_arguments(args):
         )
     if args.score_only and not Path(args.score_only).is_dir():
         raise UserError(f"--score_only {args.score_only}: no such folder")
+    if args.score_only and args.prompt_eng:
+        raise UserError("--score_only --prompt_eng: no prompt is extended where no image is made; give one of them")
 
 
 class Maker(NamedTuple):
@@ -158,13 +155,15 @@ class Maker(NamedTuple):
 
     work: Callable[[list[dict]], list[dict]]
     settings: dict
-    count_cut: Callable[[list[str]], int] | None
+    columns: list[str]  # what it adds to a row beside the scores
+    count_cut: Callable[[list[dict]], int]  # how many rows' prompts are longer than the text encoder reads
 
 
 def generator(benchmark, args, rows, scorers, device):
     """The Maker that generates images, saves them, and scores them."""
     import torch
 
+    from textcraftor.extend import extend_prompt, load_extender
     from textcraftor.generate import generate, load_pipeline
     from textcraftor.models import count_cut
     from textcraftor.scores import official_view, score_files, score_images, weights_hash
@@ -175,17 +174,26 @@ def generator(benchmark, args, rows, scorers, device):
     networks = {"text_path": tuned, "unet": pipeline.unet, "text encoder": pipeline.text_encoder, "vae": pipeline.vae}
     settings |= {f"{name} (sha256)": weights_hash(network) for name, network in networks.items()}
     settings |= {"precision": str(dtype).removeprefix("torch.")}
+    if args.prompt_eng:
+        extender = load_extender(args.prompt_eng, device)
+        settings |= {"prompt_eng (sha256)": weights_hash(extender[1]), "score_prompt": args.score_prompt}
     pipeline.to(device, dtype)
     tuned.to(device, dtype)
     output = Path(args.output_path)
     view = official_view(next(iter(scorers.values())).image_size[0])
     how = {"seed": args.seed, "steps": args.step, "grad_steps": args.grad_steps, "guidance": args.guidance}
+    how |= {"weighting": args.prompt_weighting}
     savers = ThreadPoolExecutor(4)
 
+    drawn = "extended" if args.prompt_eng else "prompt"
+    scored = "extended" if args.prompt_eng and args.score_prompt == "extended" else "prompt"
+
     def work(rows):
-        prompts = [row["prompt"] for row in rows]
         indices = [row["index"] for row in rows]
-        images = generate(pipeline, tuned, prompts, indices, weighting=args.prompt_weighting, **how)
+        if args.prompt_eng:
+            rows = [row | {drawn: extend_prompt(*extender, row["prompt"], args.seed, row["index"])} for row in rows]
+        images = generate(pipeline, tuned, [row[drawn] for row in rows], indices, **how)
+        prompts = [row[scored] for row in rows]
         paths = [output / row["file"] for row in rows]
         saving = savers.map(save_image, (images * 255).round().to(torch.uint8).cpu(), paths)
         if benchmark.from_files:
@@ -196,7 +204,8 @@ def generator(benchmark, args, rows, scorers, device):
             list(saving)
         return [row | score for row, score in zip(rows, scores, strict=True)]
 
-    return Maker(work, settings, lambda prompts: count_cut(pipeline.tokenizer, prompts))
+    added = [drawn] if args.prompt_eng else []
+    return Maker(work, settings, added, lambda rows: count_cut(pipeline.tokenizer, [row[drawn] for row in rows]))
 
 
 def reader(benchmark, args, rows, scorers, device):
@@ -214,7 +223,7 @@ def reader(benchmark, args, rows, scorers, device):
         scores = score_files(scorers, paths, [row["prompt"] for row in rows], view)
         return [row | score for row, score in zip(found, scores, strict=True)]
 
-    return Maker(work, {"score_only": str(folder.resolve())}, None)
+    return Maker(work, {"score_only": str(folder.resolve())}, [], lambda rows: 0)
 
 
 def save_image(pixels, path):
@@ -231,7 +240,8 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     """Do all rows that are not in `done`, {index: row}, adding them there and to the table.
 
     Batches are cut from all rows, whatever is done, and shared among the processes: neither an interruption nor the
-    number of processes changes which images are computed together. Returns False if a signal ended it early.
+    number of processes changes which images are computed together, and so no bit of them. Returns False if a signal
+    ended it early.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm

@@ -138,5 +138,9 @@ def generate(pipeline, tuned, prompts, indices, *, seed, steps, grad_steps, guid
 
 def step_generators(seed, indices):
     """A generator an image for the noise that some schedulers add in every step."""
-    states = (np.random.SeedSequence([seed, int(index)]).generate_state(1)[0] for index in indices)
-    return [torch.Generator().manual_seed(int(state)) for state in states]
+    return [torch.Generator().manual_seed(index_seed(seed, index)) for index in indices]
+
+
+def index_seed(seed, index):
+    """A seed, 32 bits, of all that is drawn for prompt `index` beside its first noise."""
+    return int(np.random.SeedSequence([seed, int(index)]).generate_state(1)[0])

@@ -32,7 +32,7 @@ class Table:
             row = known.get(int(cells["index"])) if (cells["index"] or "").isdigit() else None
             if row and cells["prompt"] == row["prompt"] and all(cells[name] for name in self.scores):
                 scores = {name: float(cells[name]) for name in self.scores}
-                done[row["index"]] = row | {"file": cells["file"], **scores}
+                done[row["index"]] = {name: cells[name] for name in self.about} | {"index": row["index"]} | scores
         return done
 
     def add(self, rows):
@@ -74,6 +74,17 @@ def check_settings(folder, settings, rows):
             )
 
 
+def write_results(folder, summary):
+    """Write summary.json, add the run to results.md, and say what came out on the screen."""
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    add_result(folder / "results.md", summary)
+    for file, why in summary["images"]["unreadable"].items():
+        print(f"{file}: {why}")
+    print(describe(summary))
+    for name in ("scores.csv", "summary.json", "results.md"):
+        print(folder / name)
+
+
 def add_result(path, summary):
     """Add a run's line to the table of results, unless it stands there already."""
     settings, scores = summary["settings"], summary["scores"]
@@ -83,8 +94,9 @@ def add_result(path, summary):
         styles = (f"{name} {style['mean']:.2f} ± {style['std']:.2f}" for name, style in summary["styles"].items())
         cells |= {"100 × score by style": ", ".join(styles)}
     hashes = (f"{name.removesuffix(' (sha256)')} {value[:8]}" for name, value in settings.items() if "(sha256)" in name)
-    told = {name: summary[name] for name in ("model", "text_path", "unet_path", "limit") if summary.get(name)}
+    told = {name: summary.get(name) for name in ("model", "text_path", "unet_path", "prompt_eng", "limit")}
     told |= {name: value for name, value in settings.items() if "(sha256)" not in name and name != "benchmark"}
+    told = {name: value for name, value in told.items() if value}
     cells |= {"settings": ", ".join(f"{name} {value}" for name, value in told.items()), "sha256": ", ".join(hashes)}
     cells |= {"versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items())}
     line = "| " + " | ".join(cells.values()) + " |\n"
@@ -99,6 +111,10 @@ def describe(summary):
     """A summary in a few lines for the screen."""
     images = summary["images"]
     lines = [f"{summary['benchmark']}, {images['scored']} of {images['of']} images scored"]
+    if images["prompts_cut"]:
+        lines.append(f"{images['prompts_cut']} prompts are longer than the text encoder reads, and were cut")
+    if "score_prompt" in summary["settings"]:
+        lines.append(f"scored with the {summary['settings']['score_prompt']} prompts")
     lines += [f"{name:<16}{score['mean']:>10.4f}" for name, score in summary["scores"].items()]
     for name, style in summary.get("styles", {}).items():
         lines.append(f"100 × {name:<10}{style['mean']:>10.2f} ± {style['std']:.4f}")
