@@ -318,10 +318,12 @@ def test_images_of_any_model_are_scored_and_bad_files_counted(parti, rewards_roo
     output = capsys.readouterr().out
     assert "3 of 5 images scored" in output and "00003.png: cannot be decoded" in output
 
-    # What was missing is scored when it is there.
+    # Images may have been mended and changed when they are scored again.
     shutil.copy("made/00003.png", folder)
+    shutil.copy("made/00001.png", folder / "00000.png")
     run(PARTI, "--score_only", "theirs", "--weights", rewards_root, "--prompts", "parti.tsv")
-    assert summary("theirs")["images"]["scored"] == 4 and table("theirs")[COLUMNS[:]].iloc[3].notna().all()
+    assert summary("theirs")["images"]["scored"] == 4 and table("theirs")[COLUMNS].iloc[3].notna().all()
+    assert (table("theirs")["aesthetic"][:2] == rows["aesthetic"][1]).all()
 
 
 def test_scoring_hpsv2s_files_again_gives_the_same(hpsv2, rewards_root):

@@ -64,7 +64,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
 
     from textcraftor.generate import check_tuned
     from textcraftor.models import check_model, quiet_libraries
-    from textcraftor.scores import check_scorers, load_scorers, weights_hash
+    from textcraftor.scores import check_scorers, load_scorers, official_view, weights_hash, whole_view
 
     checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
     if not args.score_only:
@@ -76,7 +76,11 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     say = print if accelerator.is_main_process else lambda text: None
 
     scorers = load_scorers(benchmark.rewards, args.weights, accelerator.device, args.hps_version)
-    maker = (reader if args.score_only else generator)(benchmark, args, rows, scorers, accelerator.device)
+    view = official_view(next(iter(scorers.values())).image_size[0]) if benchmark.from_files else whole_view
+    if args.score_only:
+        maker = reader(args, rows, scorers, view)
+    else:
+        maker = generator(benchmark, args, scorers, view, accelerator.device)
     settings = {"benchmark": benchmark.title, "prompts (sha256)": prompts_hash(every_row)}
     settings |= {"hps_version": args.hps_version, **maker.settings}
     settings |= {f"{name} (sha256)": weights_hash(scorer) for name, scorer in scorers.items()}
@@ -84,9 +88,9 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     output = Path(args.output_path)
     table = Table(output / "scores.csv", [*rows[0], *maker.columns], list(scorers))
     check_settings(output, settings, [] if args.score_only else rows)
-    done = table.read(every_row)
-    if not args.score_only:
-        done = {index: row for index, row in done.items() if (output / row["file"]).is_file()}
+    done = {}
+    if not args.score_only:  # images of others may have changed since
+        done = {index: row for index, row in table.read(every_row).items() if (output / row["file"]).is_file()}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -159,14 +163,14 @@ class Maker(NamedTuple):
     count_cut: Callable[[list[dict]], int]  # how many rows' prompts are longer than the text encoder reads
 
 
-def generator(benchmark, args, rows, scorers, device):
+def generator(benchmark, args, scorers, view, device):
     """The Maker that generates images, saves them, and scores them."""
     import torch
 
     from textcraftor.extend import extend_prompt, load_extender
     from textcraftor.generate import generate, load_pipeline
     from textcraftor.models import count_cut
-    from textcraftor.scores import official_view, score_files, score_images, weights_hash
+    from textcraftor.scores import score_files, score_images, weights_hash
 
     pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -180,7 +184,6 @@ def generator(benchmark, args, rows, scorers, device):
     pipeline.to(device, dtype)
     tuned.to(device, dtype)
     output = Path(args.output_path)
-    view = official_view(next(iter(scorers.values())).image_size[0])
     how = {"seed": args.seed, "steps": args.step, "grad_steps": args.grad_steps, "guidance": args.guidance}
     how |= {"weighting": args.prompt_weighting}
     savers = ThreadPoolExecutor(4)
@@ -208,14 +211,13 @@ def generator(benchmark, args, rows, scorers, device):
     return Maker(work, settings, added, lambda rows: count_cut(pipeline.tokenizer, [row[drawn] for row in rows]))
 
 
-def reader(benchmark, args, rows, scorers, device):
+def reader(args, rows, scorers, view):
     """The Maker that scores the images there are in the folder --score_only."""
-    from textcraftor.scores import find_image, official_view, score_files, whole_view
+    from textcraftor.scores import find_image, score_files
 
     folder = Path(args.score_only)
     if not any((folder / find_image(folder, row["file"])).is_file() for row in rows):
         raise UserError(f"--score_only {folder}: has no image of this benchmark; the first would be {rows[0]['file']}")
-    view = official_view(next(iter(scorers.values())).image_size[0]) if benchmark.from_files else whole_view
 
     def work(rows):
         found = [row | {"file": find_image(folder, row["file"])} for row in rows]

@@ -90,9 +90,9 @@ def add_result(path, summary):
     settings, scores = summary["settings"], summary["scores"]
     cells = {"benchmark": summary["benchmark"], "images": "{scored} of {of}".format(**summary["images"])}
     cells |= {name: f"{score['mean']:.5g} ± {score['std']:.3g}" for name, score in scores.items()}
-    if "styles" in summary:
-        styles = (f"{name} {style['mean']:.2f} ± {style['std']:.2f}" for name, style in summary["styles"].items())
-        cells |= {"100 × score by style": ", ".join(styles)}
+    if summary.get("styles"):
+        styles = [f"{name} {style['mean']:.2f} ± {style['std']:.2f}" for name, style in summary["styles"].items()]
+        cells |= {"100 × score by style": ", ".join([*styles, f"average {summary['average']:.2f}"])}
     hashes = (f"{name.removesuffix(' (sha256)')} {value[:8]}" for name, value in settings.items() if "(sha256)" in name)
     told = {name: summary.get(name) for name in ("model", "text_path", "unet_path", "prompt_eng", "limit")}
     told |= {name: value for name, value in settings.items() if "(sha256)" not in name and name != "benchmark"}
@@ -108,16 +108,22 @@ def add_result(path, summary):
 
 
 def describe(summary):
-    """A summary in a few lines for the screen."""
-    images = summary["images"]
+    """A summary as a table for the screen."""
+    images, scores = summary["images"], summary["scores"]
     lines = [f"{summary['benchmark']}, {images['scored']} of {images['of']} images scored"]
     if images["prompts_cut"]:
         lines.append(f"{images['prompts_cut']} prompts are longer than the text encoder reads, and were cut")
     if "score_prompt" in summary["settings"]:
         lines.append(f"scored with the {summary['settings']['score_prompt']} prompts")
-    lines += [f"{name:<16}{score['mean']:>10.4f}" for name, score in summary["scores"].items()]
+    rows = {"all": {"count": images["scored"], **{name: score["mean"] for name, score in scores.items()}}}
+    rows |= summary["category"] | summary.get("challenge", {})
+    lines.append("".join([" " * 26, *(f"{name:>11}" for name in ("images", *scores))]))
+    for label, row in rows.items():
+        lines.append("".join([f"{label:<26}{row['count']:>11}", *(f"{row[name]:>11.4f}" for name in scores)]))
     for name, style in summary.get("styles", {}).items():
-        lines.append(f"100 × {name:<10}{style['mean']:>10.2f} ± {style['std']:.4f}")
+        lines.append(f"100 × {name:<20}{style['mean']:>11.2f} ± {style['std']:.4f}")
+    if summary.get("average") is not None:
+        lines.append(f"100 × average{summary['average']:>24.2f}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pad, pil_to_tensor, resize
 import hpsv2
 from rewards import check_files, load_reward
 from textcraftor.errors import UserError, first_line
+from textcraftor.options import check_all
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -29,9 +30,12 @@ def load_scorers(names, root, device, hps_version):
 
 def check_scorers(names, root, hps_version):
     """Raise UserError naming every file that load_scorers needs and lacks."""
-    check_files([name for name in names if name != "hpsv2"], root)
-    if missing := hpsv2.missing(Path(root), hps_version):
-        raise UserError(f"reward weights are missing:\n  hpsv2: {missing[0]}")
+
+    def check_hpsv2():
+        if missing := hpsv2.missing(Path(root), hps_version):
+            raise UserError(f"reward weights are missing:\n  hpsv2: {missing[0]}")
+
+    check_all([(check_files, [name for name in names if name != "hpsv2"], root), (check_hpsv2,)])
 
 
 @torch.inference_mode()
