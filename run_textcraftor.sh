@@ -13,11 +13,4 @@ case " $* " in
         --lr_text 1e-6 --lr_unet 0. --batch-size 4 "$@" ;;
 esac
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
-if [ "$gpus" -gt 1 ]; then
-    set -- accelerate launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no \
-        --dynamo_backend no "$repository/train_textcraftor.py" "$@"
-else
-    set -- python "$repository/train_textcraftor.py" "$@"
-fi
-exec "$@"
+launch train_textcraftor.py "$@"

@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it, with `repository` set to this folder. Leaves the Python environment to use active:
 # the virtual or conda environment that is active already, as it is; else .venv, made here and filled from
-# requirements.txt if it has not been filled from this very file before.
+# requirements.txt if it has not been filled from this very file before. Defines `launch`, which starts a program.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     if ! cmp -s "$repository/requirements.txt" "$repository/.venv/installed_requirements.txt"; then
         if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
@@ -23,3 +23,17 @@ sys.exit(not all(map(find_spec, ("torch", "accelerate", "diffusers", "transforme
     echo "error: the active Python environment lacks packages; pip install -r $repository/requirements.txt" >&2
     exit 1
 fi
+
+# Run a program of this folder, $1, on every visible GPU, or on the CPU of a machine without; the rest is its arguments.
+launch() {
+    program=$repository/$1
+    shift
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
+    if [ "$gpus" -gt 1 ]; then
+        set -- accelerate launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no \
+            --dynamo_backend no "$program" "$@"
+    else
+        set -- python "$program" "$@"
+    fi
+    exec "$@"
+}

@@ -19,14 +19,12 @@ import copy
 import importlib.util
 import json
 import math
-import os
-import sys
 import time
 from itertools import takewhile
 from pathlib import Path
 from zlib import crc32
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, check_all, make_parser, require, reward_specs
 from textcraftor.record import Record, check_folder
 
@@ -341,9 +339,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the launcher ends all processes after the first: let rank 0 say it
-        sys.exit(f"error: {error}")
+    run_program(main)

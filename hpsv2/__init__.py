@@ -11,24 +11,22 @@ from rewards.towers import CONFIG, OpenClipReward, load_open_clip, load_tokenize
 from textcraftor.downloads import command
 
 
-def missing(root: Path) -> list[str]:
+def missing(root: Path, version: str = "2.0") -> list[str]:
     """One line for each file that is not there."""
-    return missing_file(root / "hpsv2" / "HPS_v2_compressed.pt", command("hpsv2", root))
+    return missing_file(weights(root, version), command("hpsv2" if version == "2.0" else "hpsv2.1", root))
 
 
-def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: str = "v2") -> OpenClipReward:
-    """The HPSv2 reward, about 0.27; version "v2" or "v2.1". UserError if the weights do not fit."""
+def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: str = "2.0") -> OpenClipReward:
+    """The HPSv2 reward, about 0.27; version "2.0" or "2.1". UserError if the weights do not fit."""
     folder = root / "hpsv2"
     architecture = f"local-dir:{folder}" if (folder / CONFIG).is_file() else "ViT-H-14"
-    model = load_open_clip(architecture, folder / f"HPS_{version}_compressed.pt")
+    model = load_open_clip(architecture, weights(root, version))
     return OpenClipReward("hpsv2", 100.0, model, load_tokenizer(architecture, model)).frozen(device, dtype)
 
 
-@torch.inference_mode()
-def score_pictures(reward: OpenClipReward, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
-    """HPSv2 of B PIL pictures and prompts as the authors' package scores image files (hpsv2 1.2.0) -> (B,)."""
-    pixels = torch.stack([prepare(picture, reward.image_size[0]) for picture in pictures])
-    return reward.score(reward.image_features(pixels), prompts)
+def weights(root: Path, version: str) -> Path:
+    """Where the weights of a version belong."""
+    return root / "hpsv2" / {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}[version]
 
 
 def prepare(picture: Image.Image, size: int) -> Tensor:
@@ -39,6 +37,6 @@ def prepare(picture: Image.Image, size: int) -> Tensor:
     """
     pixels = TF.to_tensor(picture.convert("RGB"))
     height, width = (round(side * size / max(picture.size)) for side in pixels.shape[1:])
-    pixels = TF.resize(pixels, [height, width], TF.InterpolationMode.BICUBIC)
+    pixels = TF.resize(pixels, [height, width], TF.InterpolationMode.BICUBIC, antialias=True)
     left, top = (size - width) // 2, (size - height) // 2
     return TF.pad(pixels, [left, top, size - width - left, size - height - top])

@@ -46,7 +46,7 @@ def new_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = WhitespaceSplit()
-    # Between equally frequent pairs the trainer takes the lower numbers, and left to itself it numbers the ends of words
+    # Between equally frequent pairs the trainer takes the lower numbers, and left to itself it numbers ends of words
     # at random. Special tokens it numbers as they come: frequent ends first.
     last = Counter(word[-1] for word in words_of_the_world())
     ends = [c + "</w>" for c in sorted(letters, key=lambda c: (-last[c], c))]

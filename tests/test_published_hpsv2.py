@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 import hpsv2
 from rewards import load_reward
+from textcraftor.scores import score_files
 
 PACKAGE = "hpsv2==1.2.0"
 
@@ -55,7 +57,8 @@ def test_scores_are_those_of_the_authors_package(package, rewards_root, tmp_path
     assert {name: list(value.shape) for name, value in real.state_dict().items()} == expected["shapes"]
 
     reward = load_reward("hpsv2", rewards_root, "cpu")
-    scores = hpsv2.score_pictures(reward, [Image.open(path) for path in paths], prompts)
+    view = partial(hpsv2.prepare, size=tiny.IMAGE_SIZE)
+    scores = [row["hpsv2"] for row in score_files({"hpsv2": reward}, paths, prompts, view)]
     np.testing.assert_allclose(scores, expected["scores"], rtol=0, atol=1e-4)
     assert np.std(expected["scores"]) > 0.01
     same_size = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255 for path in paths[:2]])

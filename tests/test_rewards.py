@@ -74,10 +74,10 @@ def test_clip_is_open_clips_own_cosine(rewards_root, pictures):
     assert score.std() > 0.01
 
 
-@pytest.mark.parametrize("version", ["v2", "v2.1"])
-def test_hpsv2_is_open_clips_own_cosine(rewards_root, pictures, tmp_path, version):
+@pytest.mark.parametrize("version, file", [("2.0", "HPS_v2_compressed.pt"), ("2.1", "HPS_v2.1_compressed.pt")])
+def test_hpsv2_is_open_clips_own_cosine(rewards_root, pictures, tmp_path, version, file):
     root = copy_of(rewards_root, tmp_path)
-    weights = root / "hpsv2" / f"HPS_{version}_compressed.pt"
+    weights = root / "hpsv2" / file
     (root / "hpsv2" / "HPS_v2_compressed.pt").rename(weights)
     expected = open_clip_cosines(root / "hpsv2", pictures, weights)
     score = hpsv2.load(root, "cpu", torch.float32, version=version)(to_images(pictures), PROMPTS)

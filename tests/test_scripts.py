@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAPER = "--clip 0.5 --aesthetic 1. --pickscore 1. --hpsv2 1. --grad_steps 5 --lr_text 1e-6 --lr_unet 0. --batch-size 4"
+BENCHMARKS = ("test_parti.sh", "test_hpsv2.sh")
 
 
 def program(path, lines):
@@ -22,7 +23,7 @@ def repository(tmp_path):
     """A copy of the scripts in a folder with a space in its name."""
     folder = tmp_path / "my clone"
     folder.mkdir()
-    for name in ("setup_env.sh", "run_textcraftor.sh", "run_tests.sh", "requirements.txt"):
+    for name in ("setup_env.sh", "run_textcraftor.sh", "run_tests.sh", *BENCHMARKS, "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -58,6 +59,19 @@ def test_the_miniature_keeps_its_own_defaults(repository, active):
     arguments = ("--model", "miniature", "--seed", "3")
     done = run(repository / "run_textcraftor.sh", *arguments, path=active, GPUS="0", LACKS="0", CONDA_PREFIX="/conda")
     assert done.stdout == f"{repository}/train_textcraftor.py --model miniature --seed 3\n", done.stderr
+
+
+@pytest.mark.parametrize("script", BENCHMARKS)
+def test_benchmarks_take_the_papers_text_encoder_and_pass_flags_on(repository, active, script):
+    environment = {"VIRTUAL_ENV": "/some/env", "LACKS": "0"}
+    paper = "--text_path checkpoints/tc_text_e_0_iter_10000.pth --grad_steps 15 --seed 2023"
+    program = f"{repository}/{script.replace('.sh', '.py')}"
+    one = run(repository / script, path=active, GPUS="1", **environment)
+    assert one.stdout == f"{program} {paper}\n", one.stderr
+    two = run(repository / script, "--limit", "8", path=active, GPUS="2", **environment)
+    assert "--num_processes 2 " in two.stdout and two.stdout.endswith(f"{program} {paper} --limit 8\n")
+    miniature = run(repository / script, "--model", "miniature", path=active, GPUS="0", **environment)
+    assert miniature.stdout == f"{program} --model miniature\n", miniature.stderr
 
 
 def test_an_active_environment_is_not_filled(repository, active):

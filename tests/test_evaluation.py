@@ -1,0 +1,466 @@
+"""The benchmark programs from their command line to their files, on tiny models."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hpsv2 import prepare
+from rewards import load_reward
+from textcraftor import generate
+from textcraftor.benchmarks import HPSV2, PARTI
+from textcraftor.checkpoints import save_text_encoder
+from textcraftor.errors import UserError
+from textcraftor.evaluation import evaluate
+from textcraftor.models import load_model
+from textcraftor.report import Table, style_scores, summarize
+from textcraftor.scores import score_files, weights_hash, whole_view
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ["clip", "aesthetic", "pickscore", "hps_v2.0"]
+MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+THINGS = ("fox", "cat", "car", "hat", "sea")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with both benchmarks in small, made the current one."""
+    monkeypatch.chdir(tmp_path)
+    kinds = ("Animals", "Animals", "Things", "Things", "Things")
+    lines = [f"a {thing}, {i}\t{kind}\tBasic" for i, (thing, kind) in enumerate(zip(THINGS, kinds, strict=True))]
+    (tmp_path / "parti.tsv").write_text("\n".join(["Prompt\tCategory\tChallenge", *lines]) + "\n")
+    for style in ("anime", "photo"):
+        tiny.write_json(tmp_path / "styles" / f"{style}.json", [f"{style} of a {thing}" for thing in THINGS[:3]])
+    return tmp_path
+
+
+@pytest.fixture
+def models(stable_diffusion, rewards_root):
+    return ["--model", stable_diffusion, "--weights", rewards_root, "--step", "3", "--grad_steps", "2"]
+
+
+@pytest.fixture
+def parti(work, models):
+    """Run test_parti.py on five prompts; arguments that are given win."""
+    return lambda *more: run(PARTI, *models, "--prompts", "parti.tsv", "--output_path", "out", "--batch-size", 2, *more)
+
+
+@pytest.fixture
+def hpsv2(work, models):
+    """Run test_hpsv2.py on two styles of three prompts; arguments that are given win."""
+    return lambda *more: run(HPSV2, *models, "--prompts", "styles", "--output_path", "out", "--batch-size", 2, *more)
+
+
+def run(benchmark, *arguments):
+    AcceleratorState._reset_state(True)
+    evaluate(benchmark, "", [str(argument) for argument in arguments])
+
+
+def table(folder="out"):
+    return pd.read_csv(Path(folder) / "scores.csv")
+
+
+def summary(folder="out"):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def contents(folder):
+    """{file: bytes} of all that a run leaves."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(float)
+
+
+# A whole run
+
+
+def test_parti_scores_the_decoders_output(parti, rewards_root, monkeypatch, capsys):
+    made, real = [], generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
+    parti()
+    images, rows = torch.cat(made), table()
+    assert list(rows.columns) == ["index", "prompt", "category", "challenge", "file", *COLUMNS]
+    assert rows["index"].tolist() == [0, 1, 2, 3, 4] and rows["prompt"][4] == "a sea, 4"
+    for name, column in zip(("clip", "aesthetic", "pickscore", "hpsv2"), COLUMNS, strict=True):
+        expected = load_reward(name, rewards_root, "cpu")(images, rows["prompt"].tolist())
+        np.testing.assert_allclose(rows[column], expected.numpy(), rtol=1e-5, atol=1e-6)
+        assert rows[column].std() > 0
+    for image, file in zip(images, rows["file"], strict=True):
+        assert np.abs(pixels(f"out/{file}") - 255 * image.permute(1, 2, 0).numpy()).max() <= 0.5001
+
+    found = summary()
+    assert found["images"] == {"scored": 5, "of": 5, "unreadable": {}, "prompts_cut": 0}
+    for column in COLUMNS:
+        assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
+        means = rows.groupby("category")[column].mean()
+        assert {name: group[column] for name, group in found["category"].items()} == pytest.approx(means.to_dict())
+    assert found["category"]["Animals"]["count"] == 2 and found["challenge"]["Basic"]["count"] == 5
+    assert found["settings"]["seed"] == 2023 and found["settings"]["hps_version"] == "2.0"
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "5 of 5 images scored" in capsys.readouterr().out
+
+
+def official_pixels(path, size):
+    """The transform of the package hpsv2 1.2 (open_clip/transform.py, ResizeMaxSize), without torchvision."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None] / 255
+    height, width = (round(side * size / max(pixels.shape[2:])) for side in pixels.shape[2:])
+    if size != max(pixels.shape[2:]):
+        pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    bottom, right = size - height, size - width
+    pixels = torch.nn.functional.pad(pixels, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def test_hpsv2_scores_the_saved_files_as_its_own_program(hpsv2, rewards_root):
+    hpsv2()
+    rows = table()
+    assert rows["file"].tolist() == [f"{style}/0000{i}.jpg" for style in ("anime", "photo") for i in range(3)]
+    # open_clip's model, the diagonal, groups of a tenth of the style, as in hpsv2/evaluation.py.
+    folder = rewards_root / "hpsv2"
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model.load_state_dict(torch.load(folder / "HPS_v2_compressed.pt", weights_only=True)["state_dict"])
+    images = torch.cat([official_pixels(f"out/{file}", 32) for file in rows["file"]])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(rows["prompt"].tolist())
+    with torch.no_grad():
+        features = model.eval().encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+    expected = torch.diagonal(features[0] @ features[1].T).numpy()
+    np.testing.assert_allclose(rows["hps_v2.0"], expected, atol=1e-6)
+    found = summary()
+    for style, scores in zip(("anime", "photo"), 100 * expected.reshape(2, 3), strict=True):
+        expected_style = {"mean": scores.mean(), "std": scores.std(), "count": 3}
+        assert found["styles"][style] == pytest.approx(expected_style, abs=1e-3)
+    assert found["average"] == pytest.approx(100 * expected.mean(), abs=1e-3)
+
+
+def test_groups_are_tenths_of_the_whole_list():
+    """With 800 prompts, as hpsv2/evaluation.py: np.mean and np.std of the means of scores[i : i + 80]."""
+    scores = np.random.default_rng(0).normal(0.27, 0.02, 800)
+    rows = [{"category": "anime", "file": f"anime/{i:05d}.jpg", "hps": score} for i, score in enumerate(scores)]
+    groups = [np.mean(100 * scores[i : i + 80]) for i in range(0, 800, 80)]
+    styles, average = style_scores(rows, "hps", {"anime": 800})
+    assert styles["anime"] == pytest.approx({"mean": np.mean(groups), "std": np.std(groups), "count": 800})
+    assert average == pytest.approx(np.mean(groups))
+    part, _ = style_scores(rows[:160], "hps", {"anime": 800})  # --limit 160: two groups of 80
+    assert part["anime"]["std"] == pytest.approx(np.std(groups[:2]))
+    del rows[100]["hps"]
+    rows[100]["problem"] = "no such file"
+    styles, _ = style_scores(rows, "hps", {"anime": 800})  # the other groups keep their members
+    groups[1] = np.mean(100 * np.delete(scores[80:160], 20))
+    assert styles["anime"]["std"] == pytest.approx(np.std(groups)) and styles["anime"]["count"] == 799
+
+
+@pytest.mark.parametrize("size", [(64, 48), (30, 50), (32, 32), (301, 200), (128, 128)])
+def test_the_official_view_is_that_of_its_own_program(tmp_path, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    ours = (prepare(picture, 32) - mean) / std
+    torch.testing.assert_close(ours[None], official_pixels(tmp_path / "a.png", 32), rtol=0, atol=1e-5)
+    if size[0] == size[1]:  # bicubic and centre crop by PIL, but for its rounding to 8 bits
+        expected = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD)(picture)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1.01 / 255 / min(STD))  # in each direction
+
+
+# The same images and scores whatever happens
+
+
+@pytest.mark.parametrize("program", ["parti", "hpsv2"])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(program, how, request, monkeypatch, capsys):
+    program = request.getfixturevalue(program)
+    program("--output_path", "whole")
+    real, calls = generate.generate, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            if how == "killed":
+                raise RuntimeError("killed")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(generate, "generate", interrupted)
+    if how == "killed":
+        with pytest.raises(RuntimeError, match="killed"):
+            program()
+        with open("out/scores.csv", "a") as file:
+            file.write('2,"a car')  # half a row
+    else:
+        program()
+        assert "stopped with 4 images done; the same command goes on" in capsys.readouterr().out
+    assert len(calls) == 2 and not Path("out/summary.json").exists()
+    program()
+    assert len(calls) == 3 + (how == "killed")  # batches of two that were not done, and no others
+    assert contents("out") == contents("whole")
+    program()
+    assert len(calls) == 3 + (how == "killed") and contents("out") == contents("whole")  # nothing was left to do
+
+
+def test_an_image_that_was_lost_is_made_again(parti):
+    parti()
+    before = contents("out")
+    Path("out/00002.png").unlink()
+    parti()
+    assert contents("out") == before
+
+
+def test_a_limit_can_be_raised_and_lowered(parti):
+    parti("--output_path", "whole")
+    parti("--limit", 2)
+    assert len(table()) == 2 and summary()["images"]["of"] == 2
+    parti()
+    assert contents("out")["scores.csv"] == contents("whole")["scores.csv"]
+    parti("--limit", 2)
+    assert contents("out")["scores.csv"] == contents("whole")["scores.csv"] and summary()["images"]["of"] == 2
+    assert len(Path("out/results.md").read_text().splitlines()) == 2 + 2  # a line for each of the two results
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])
+def test_the_batch_size_changes_nothing(parti, scheduler):
+    parti("--scheduler", scheduler)
+    parti("--scheduler", scheduler, "--batch-size", 5, "--output_path", "five")
+    for column in COLUMNS:
+        np.testing.assert_allclose(table()[column], table("five")[column], atol=1e-4)
+    for file in table()["file"]:
+        assert np.abs(pixels(f"out/{file}") - pixels(f"five/{file}")).max() <= 1
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bytes(parti, models):
+    parti("--output_path", "one")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [ROOT / "test_parti.py", *models]
+    command += ["--prompts", "parti.tsv", "--output_path", "two", "--batch-size", "2"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([str(part) for part in command], env=os.environ | threads, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents("two") == contents("one")
+
+
+# One folder, one run
+
+
+def test_another_setting_in_the_same_folder_is_refused_by_name(parti, stable_diffusion, tmp_path):
+    parti("--limit", 1)
+    encoder = load_model(str(stable_diffusion))[1]
+    encoder.final_layer_norm.weight.data += 1
+    save_text_encoder(encoder, tmp_path / "tc_text.safetensors")
+    before = contents("out")
+    for flag, value, message in (
+        ("--seed", 7, "with seed = 2023, not 7"), ("--grad_steps", 1, "with grad_steps = 2, not 1"),
+        ("--scheduler", "UniPC", "with scheduler = DDIM, not UniPC"), ("--guidance", 3, "with guidance = 7.5, not 3.0"),
+        ("--text_path", tmp_path / "tc_text.safetensors", r"with text_path \(sha256\) = "),
+        ("--score_only", "out", "with score_only = None"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            parti("--limit", 1, flag, value)
+    Path("parti.tsv").write_text("Prompt\tCategory\tChallenge\na dog\tAnimals\tBasic\n")
+    with pytest.raises(UserError, match=r"with prompts \(sha256\) = "):
+        parti("--limit", 1)
+    assert contents("out") == before
+
+
+def test_images_of_an_unknown_run_are_not_overwritten(parti):
+    Path("out").mkdir()
+    Path("out/00003.png").write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="out holds 00003.png, of no run that is known"):
+        parti()
+    assert contents("out") == {"00003.png": b"somebody's"}
+
+
+# --score_only
+
+
+def test_images_of_any_model_are_scored_and_bad_files_counted(parti, rewards_root, capsys):
+    parti("--output_path", "made")
+    folder = Path("theirs")
+    folder.mkdir()
+    shutil.copy("made/00000.png", folder)
+    Image.open("made/00001.png").convert("RGBA").save(folder / "00001.webp", lossless=True)
+    Image.open("made/00002.png").resize((40, 56)).save(folder / "00002.png")
+    (folder / "00003.png").write_bytes(Path("made/00003.png").read_bytes()[:500])
+    capsys.readouterr()
+    run(PARTI, "--score_only", "theirs", "--weights", rewards_root, "--prompts", "parti.tsv")
+    rows, made, found = table("theirs"), table("made"), summary("theirs")
+    assert rows["file"].tolist() == ["00000.png", "00001.webp", "00002.png", "00003.png", "00004.png"]
+    for column in COLUMNS:
+        # 8 bits of the files against the decoder's floats.
+        np.testing.assert_allclose(rows[column][:2], made[column][:2], atol=2e-2)
+        assert rows[column].isna().tolist() == [False, False, False, True, True]
+        assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
+    unreadable = found["images"]["unreadable"]
+    assert found["images"]["scored"] == 3 and found["images"]["of"] == 5
+    assert unreadable["00004.png"] == "no such file" and "cannot be decoded" in unreadable["00003.png"]
+    output = capsys.readouterr().out
+    assert "3 of 5 images scored" in output and "00003.png: cannot be decoded" in output
+
+    # Images may have been mended and changed when they are scored again.
+    shutil.copy("made/00003.png", folder)
+    shutil.copy("made/00001.png", folder / "00000.png")
+    run(PARTI, "--score_only", "theirs", "--weights", rewards_root, "--prompts", "parti.tsv")
+    assert summary("theirs")["images"]["scored"] == 4 and table("theirs")[COLUMNS].iloc[3].notna().all()
+    assert (table("theirs")["aesthetic"][:2] == rows["aesthetic"][1]).all()
+
+
+def test_scoring_hpsv2s_files_again_gives_the_same(hpsv2, rewards_root):
+    hpsv2()
+    run(HPSV2, "--score_only", "out", "--output_path", "again", "--weights", rewards_root, "--prompts", "styles")
+    np.testing.assert_allclose(table("again")["hps_v2.0"], table()["hps_v2.0"], atol=1e-6)
+    again, first = summary("again"), summary()
+    assert again["styles"]["anime"] == pytest.approx(first["styles"]["anime"], abs=1e-4)
+
+
+def test_versions_of_hpsv2_are_told_apart(hpsv2, rewards_root, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"hpsv2: .*HPS_v2.1_compressed.pt; get it: .*--only hpsv2.1"):
+        hpsv2("--hps_version", "2.1")
+    shutil.copytree(rewards_root / "hpsv2", tmp_path / "hpsv2")
+    shutil.move(tmp_path / "hpsv2" / "HPS_v2_compressed.pt", tmp_path / "hpsv2" / "HPS_v2.1_compressed.pt")
+    hpsv2("--hps_version", "2.1", "--weights", tmp_path, "--limit", 1)
+    assert "hps_v2.1" in table().columns and summary()["settings"]["hps_version"] == "2.1"
+    assert "hps_version 2.1" in Path("out/results.md").read_text()
+
+
+# --prompt_eng
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A tiny GPT-2 over single bytes."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    alphabet = [*(chr(code) for code in range(33, 127)), "Ġ", "<|endoftext|>"]
+    tiny.write_json(folder / "vocab.json", {token: index for index, token in enumerate(alphabet)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tiny.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 128})
+    size = {"vocab_size": len(alphabet), "n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**size, bos_token_id=len(alphabet) - 1, eos_token_id=len(alphabet) - 1)
+    tiny.seeded(8, lambda: GPT2LMHeadModel(config)).save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_extended_before_generation_and_both_are_kept(parti, language_model, rewards_root, monkeypatch):
+    seen, real = [], generate.generate
+    monkeypatch.setattr(generate, "generate", lambda *args, **how: seen.extend(args[2]) or real(*args, **how))
+    parti("--prompt_eng", language_model)
+    rows, asked = table(), list(seen)
+    assert rows["extended"].tolist() == asked
+    for prompt, extended in zip(rows["prompt"], asked, strict=True):
+        assert extended.startswith(f"{prompt},") and len(extended) > len(prompt) + 20
+    assert len({extended[-20:] for extended in asked}) == 5
+    found = summary()
+    assert found["prompt_eng"] == str(language_model) and found["settings"]["score_prompt"] == "extended"
+
+    # Each prompt's own seed: batches, an interruption and a limit change nothing.
+    parti("--prompt_eng", language_model, "--batch-size", 5, "--limit", 4, "--output_path", "other")
+    assert table("other")["extended"].tolist() == asked[:4]
+    parti("--prompt_eng", language_model, "--output_path", "other")
+    assert table("other")["extended"].tolist() == asked
+    parti("--prompt_eng", language_model, "--seed", 1, "--output_path", "seed", "--limit", 1)
+    assert table("seed")["extended"][0] != asked[0]
+
+    # The same images, scored with the other prompts.
+    parti("--prompt_eng", language_model, "--score_prompt", "original", "--output_path", "original")
+    assert contents("original")["00001.png"] == contents("out")["00001.png"]
+    assert summary("original")["settings"]["score_prompt"] == "original"
+    for folder, column in (("out", "extended"), ("original", "prompt")):
+        clip = load_reward("clip", rewards_root, "cpu")
+        pictures = torch.stack([whole_view(Image.open(f"{folder}/{file}")) for file in rows["file"]])
+        expected = clip(pictures, rows[column].tolist())
+        np.testing.assert_allclose(table(folder)["clip"], expected.numpy(), atol=2e-3)
+    assert (table("original")["clip"] - rows["clip"]).abs().max() > 1e-2
+
+
+def test_what_is_no_language_model_is_refused(parti, work):
+    (work / "empty").mkdir()
+    with pytest.raises(UserError, match="--prompt_eng empty: cannot be loaded"):
+        parti("--prompt_eng", "empty")
+    with pytest.raises(UserError, match="no prompt is extended where no image is made"):
+        parti("--prompt_eng", "--score_only", ".")
+
+
+# Parts
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--step", "10"], "grad_steps <= step"),
+    (["--guidance", "0.5"], "--guidance 0.5: must be at least 1"),
+    (["--score_only", "none"], "--score_only none: no such folder"),
+    (["--scheduler", "Karras"], "invalid choice"),
+    (["--model", "./none"], "no such model folder"),
+    (["--text_path", "none.pth"], "none.pth: no such weights"),
+    (["--score_only", "."], "has no image of this benchmark; the first would be 00000.png"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_said_in_one_line(work, models, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(PARTI, *models[:4], "--prompts", "parti.tsv", *arguments)
+    assert not (work / "tests").exists()
+
+
+def test_the_summary_of_nothing_readable(tmp_path):
+    rows = [{"file": "a.png", "category": "A", "problem": "no such file"}]
+    assert summarize(rows, ["clip"], ["category"]) == {
+        "images": {"scored": 0, "of": 1, "unreadable": {"a.png": "no such file"}}, "scores": {}, "category": {},
+    }  # fmt: skip
+
+
+def test_rows_of_a_table_survive_commas_quotes_and_line_breaks(tmp_path):
+    prompts = ['a "b", c', "two\nlines", "ü"]
+    rows = [{"index": i, "prompt": prompt, "file": f"{i}.png"} for i, prompt in enumerate(prompts)]
+    scores = Table(tmp_path / "scores.csv", ["index", "prompt", "file"], ["clip"])
+    scores.write([])
+    scores.add([row | {"clip": 0.25 + row["index"]} for row in rows[:2]])
+    scores.add([rows[2] | {"problem": "no such file"}])
+    assert scores.read(rows) == {0: rows[0] | {"clip": 0.25}, 1: rows[1] | {"clip": 1.25}}
+    with open(tmp_path / "scores.csv", newline="") as file:
+        assert [row["clip"] for row in csv.DictReader(file)] == ["0.25", "1.25", ""]
+
+
+def test_files_of_any_size_and_order_are_scored_one_by_one(rewards_root, tmp_path):
+    scorers = {"aesthetic": load_reward("aesthetic", rewards_root, "cpu")}
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(64, 64), (40, 60), (64, 64)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in (0, 1, 9, 2)]
+    together = score_files(scorers, paths, ["a"] * 4, whole_view)
+    alone = [score_files(scorers, [path], ["a"], whole_view)[0] for path in paths]
+    assert together[2] == alone[2] == {"problem": "no such file"}
+    for i in (0, 1, 3):
+        assert together[i] == pytest.approx(alone[i], abs=1e-5)
+
+
+def test_a_hash_is_of_the_values_alone(stable_diffusion):
+    first, second = load_model(str(stable_diffusion))[1], load_model(str(stable_diffusion))[1]
+    assert weights_hash(first) == weights_hash(second)
+    second.final_layer_norm.bias.data[3] += 1e-6
+    assert weights_hash(first) != weights_hash(second)
+
+
+def test_pytest_takes_the_programs_for_no_tests():
+    """Not even if every function were a test."""
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "python_functions=*"]
+    code = pytest.main([*options, f"--ignore={ROOT / 'tests'}", str(ROOT)])
+    assert code == pytest.ExitCode.NO_TESTS_COLLECTED

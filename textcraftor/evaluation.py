@@ -1,0 +1,275 @@
+"""A benchmark from its command line to its files: what test_parti.py and test_hpsv2.py do.
+
+In the output folder: the images; settings.json, what they were made and scored with, checked by a run that goes on;
+scores.csv, one row an image; summary.json; and a line in results.md.
+"""
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from textcraftor.benchmarks import Benchmark, prompts_hash
+from textcraftor.errors import UserError
+from textcraftor.options import check_all, make_parser, require
+from textcraftor.report import Table, check_settings, style_scores, summarize, write_results, write_whole
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCHEDULERS = ("DDIM", "PNDM", "DPMSolver", "DPMSingle", "Euler", "EulerAncestral", "UniPC")
+LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
+
+# fmt: off
+OPTIONS = (
+    ("--model",            "./stable-diffusion-v1-5", "folder, hub id, or `miniature` (has its own prompts)"),
+    ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
+    ("--text_path",        "",                        "tuned text encoder: safetensors, .pth, folder or hub id"),
+    ("--unet_path",        "",                        "tuned UNet, likewise"),
+    ("--prompts",          "",                        "the benchmark's prompts; none: prompts/, fetched on first use"),
+    ("--limit",            0,                         "only the first so many prompts (of each style), 0 = all"),
+    ("--output_path",      "",                        "folder (default: under tests/, or the one of --score_only)"),
+    ("--score_only",       "",                        "score the images in this folder, of any model, and make none"),
+    ("--hps_version",      ("2.0", "2.1"),            "of HPSv2; their scores cannot be compared"),
+    # How to sample.
+    ("--scheduler",        SCHEDULERS,                "sampler; DDIM is the one of training"),
+    ("--step",             25,                        "T, sampling steps"),
+    ("--grad_steps",       15,                        "last steps, under the tuned text encoder"),
+    ("--guidance",         7.5,                       "classifier-free guidance scale"),
+    ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
+    ("--seed",             2023,                      "of the noise, with each prompt's number"),
+    ("--batch-size",       8,                         "images at once on each device"),
+    ("--score_prompt",     ("extended", "original"),  "the prompts that scores use after --prompt_eng"),
+)
+# fmt: on
+EXTENDER = "daspartho/prompt-extend"
+# What an image depends on and a score does not: the settings that --score_only does not know.
+SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "seed")
+
+
+def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = None) -> None:
+    """Make the benchmark's images and score them, or go on with that; UserError for what the user can mend."""
+    args = parse_arguments(benchmark, description, argv)
+    check_arguments(args)
+    if not Path(args.prompts).exists() and args.fetch:
+        benchmark.fetch(Path(args.prompts))
+    every_row = benchmark.read(Path(args.prompts))
+    rows = [row for row in every_row if not args.limit or int(Path(row["file"]).stem) < args.limit]
+
+    # Imported only now: whatever is wrong above is said at once.
+    from accelerate import Accelerator
+
+    import hpsv2
+    from textcraftor.generate import check_tuned
+    from textcraftor.models import check_model, quiet_libraries
+    from textcraftor.scores import check_scorers, load_scorers, weights_hash, whole_view
+
+    checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
+    if not args.score_only:
+        checks += [(check_model, args.model)]
+        checks += [(check_tuned, path) for path in (args.text_path, args.unet_path) if path]
+    check_all(checks)
+    quiet_libraries()
+    accelerator = Accelerator()
+    say = print if accelerator.is_main_process else lambda text: None
+
+    scorers = load_scorers(benchmark.rewards, args.weights, accelerator.device, args.hps_version)
+    size = next(iter(scorers.values())).image_size[0]
+    view = partial(hpsv2.prepare, size=size) if benchmark.from_files else whole_view
+    if args.score_only:
+        maker = reader(args, rows, scorers, view)
+    else:
+        maker = generator(benchmark, args, scorers, view, accelerator.device)
+    settings = {"benchmark": benchmark.title, "prompts (sha256)": prompts_hash(every_row)}
+    settings |= {"hps_version": args.hps_version, **maker.settings}
+    settings |= {f"{name} (sha256)": weights_hash(scorer) for name, scorer in scorers.items()}
+
+    output = Path(args.output_path)
+    table = Table(output / "scores.csv", [*rows[0], *maker.columns], list(scorers))
+    check_settings(output, settings, [] if args.score_only else rows)
+    done = {}
+    if not args.score_only:  # images of others may have changed since
+        done = {index: row for index, row in table.read(every_row).items() if (output / row["file"]).is_file()}
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+        table.write(done.values())
+    before = sum(row["index"] in done for row in rows)
+    say(f"{benchmark.title}: {len(rows)} prompts, {before} of them done before, on {accelerator.device}")
+
+    if not work_through(accelerator, rows, done, args.batch_size, maker.work, table):
+        say(f"stopped with {len(done)} images done; the same command goes on")
+        return
+    if accelerator.is_main_process:
+        table.write([done[index] for index in sorted(done)])  # with those beyond --limit that an earlier run did
+        finished = [done[row["index"]] for row in rows]
+        summary = summarize(finished, list(scorers), benchmark.groups)
+        summary["images"]["prompts_cut"] = maker.count_cut(finished)
+        if benchmark.from_files:
+            (column,) = scorers
+            sizes = Counter(row["category"] for row in every_row)
+            summary["styles"], summary["average"] = style_scores(finished, column, sizes)
+        sources = ("score_only",) if args.score_only else ("model", "text_path", "unet_path", "prompt_eng")
+        versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+        about = {"benchmark": benchmark.title} | {name: getattr(args, name) for name in (*sources, "limit")}
+        write_results(output, about | summary | {"settings": settings, "versions": versions})
+
+
+def parse_arguments(benchmark, description, argv):
+    """Command line -> options. `--model miniature` brings its own defaults; flags that are given win."""
+    parser = make_parser(description, OPTIONS)
+    parser.add_argument(
+        "--prompt_eng", "--prompt-eng", nargs="?", const=EXTENDER, default="", metavar="MODEL",
+        help=f"let a language model extend the prompts, folder or hub id ({EXTENDER} if none is named)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    default_output = f"tests/paper_ckpt_{benchmark.name}"
+    args.fetch = not args.prompts
+    if args.model == "miniature":
+        folder = REPOSITORY / "miniature"
+        guidance = json.loads((folder / "defaults.json").read_text())["guidance"]
+        prompts = str(folder / "benchmarks" / benchmark.prompts)
+        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance)
+        args = parser.parse_args(argv)
+        args.model, args.fetch = str(folder / "stable-diffusion"), False
+        default_output = f"tests/miniature_{benchmark.name}"
+    args.prompts = args.prompts or str(REPOSITORY / "prompts" / benchmark.prompts)
+    args.output_path = args.output_path or args.score_only or default_output
+    return args
+
+
+def check_arguments(args):
+    """Raise UserError, one line, for options that make no sense."""
+    require(args, {"step batch_size guidance": 1, "grad_steps limit seed prompt_weighting": 0})
+    if not args.grad_steps <= args.step <= 1000:
+        raise UserError(
+            f"--grad_steps {args.grad_steps} --step {args.step}: the tuned text encoder's steps are the last ones "
+            "of all, so grad_steps <= step <= 1000"
+        )
+    if args.score_only and not Path(args.score_only).is_dir():
+        raise UserError(f"--score_only {args.score_only}: no such folder")
+    if args.score_only and args.prompt_eng:
+        raise UserError("--score_only --prompt_eng: no prompt is extended where no image is made; give one of them")
+
+
+class Maker(NamedTuple):
+    """Where scores come from: work(rows) -> the rows with their scores, or with a "problem"."""
+
+    work: Callable[[list[dict]], list[dict]]
+    settings: dict
+    columns: list[str]  # what it adds to a row beside the scores
+    count_cut: Callable[[list[dict]], int]  # how many rows' prompts are longer than the text encoder reads
+
+
+def generator(benchmark, args, scorers, view, device):
+    """The Maker that generates images, saves them, and scores them."""
+    import torch
+
+    from textcraftor.extend import extend_prompt, load_extender
+    from textcraftor.generate import generate, load_pipeline
+    from textcraftor.models import count_cut
+    from textcraftor.scores import score_files, score_images, weights_hash
+
+    pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    settings = {name: getattr(args, name) for name in SAMPLING}
+    networks = {"text_path": tuned, "unet": pipeline.unet, "text encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    settings |= {f"{name} (sha256)": weights_hash(network) for name, network in networks.items()}
+    settings |= {"precision": str(dtype).removeprefix("torch.")}
+    if args.prompt_eng:
+        extender = load_extender(args.prompt_eng, device)
+        settings |= {"prompt_eng (sha256)": weights_hash(extender[1]), "score_prompt": args.score_prompt}
+    pipeline.to(device, dtype)
+    tuned.to(device, dtype)
+    output = Path(args.output_path)
+    how = {"seed": args.seed, "steps": args.step, "grad_steps": args.grad_steps, "guidance": args.guidance}
+    how |= {"weighting": args.prompt_weighting}
+    savers = ThreadPoolExecutor(4)
+
+    drawn = "extended" if args.prompt_eng else "prompt"
+    scored = "extended" if args.prompt_eng and args.score_prompt == "extended" else "prompt"
+
+    def work(rows):
+        indices = [row["index"] for row in rows]
+        if args.prompt_eng:
+            rows = [row | {drawn: extend_prompt(*extender, row["prompt"], args.seed, row["index"])} for row in rows]
+        images = generate(pipeline, tuned, [row[drawn] for row in rows], indices, **how)
+        prompts = [row[scored] for row in rows]
+        paths = [output / row["file"] for row in rows]
+        saving = savers.map(save_image, (images * 255).round().to(torch.uint8).cpu(), paths)
+        if benchmark.from_files:
+            list(saving)
+            scores = score_files(scorers, paths, prompts, view)
+        else:
+            scores = score_images(scorers, images, prompts)
+            list(saving)
+        return [row | score for row, score in zip(rows, scores, strict=True)]
+
+    added = [drawn] if args.prompt_eng else []
+    return Maker(work, settings, added, lambda rows: count_cut(pipeline.tokenizer, [row[drawn] for row in rows]))
+
+
+def reader(args, rows, scorers, view):
+    """The Maker that scores the images there are in the folder --score_only."""
+    from textcraftor.scores import find_image, score_files
+
+    folder = Path(args.score_only)
+    if not any((folder / find_image(folder, row["file"])).is_file() for row in rows):
+        raise UserError(f"--score_only {folder}: has no image of this benchmark; the first would be {rows[0]['file']}")
+
+    def work(rows):
+        found = [row | {"file": find_image(folder, row["file"])} for row in rows]
+        paths = [folder / row["file"] for row in found]
+        scores = score_files(scorers, paths, [row["prompt"] for row in rows], view)
+        return [row | score for row, score in zip(found, scores, strict=True)]
+
+    return Maker(work, {"score_only": str(folder.resolve())}, [], lambda rows: 0)
+
+
+def save_image(pixels, path):
+    """Write uint8 (3, H, W) with Pillow's own defaults, as HPSv2's instructions do, whole or not at all."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished_{path.name}")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(unfinished)
+    os.replace(unfinished, path)
+
+
+def work_through(accelerator, rows, done, batch_size, work, table):
+    """Do all rows that are not in `done`, {index: row}, adding them there and to the table.
+
+    Batches are cut from all rows, whatever is done, and shared among the processes: neither an interruption nor the
+    number of processes changes which images are computed together, and so no bit of them. Returns False if a signal
+    ended it early.
+    """
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    from textcraftor.interrupts import stop_signals
+
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    batches = [batch for batch in batches if any(row["index"] not in done for row in batch)]
+    missing = sum(row["index"] not in done for row in rows)
+    processes, is_main = accelerator.num_processes, accelerator.is_main_process
+    bar = tqdm(total=len(rows), initial=len(rows) - missing, disable=not is_main, dynamic_ncols=True, unit="image")
+    with stop_signals() as stop, bar:
+        for start in range(0, len(batches), processes):
+            mine = batches[start : start + processes][accelerator.process_index : accelerator.process_index + 1]
+            parts = gather_object([(row, len(stop)) for batch in mine for row in work(batch)])
+            new = [row for row, _ in parts]
+            bar.update(sum(row["index"] not in done for row in new))
+            done |= {row["index"]: row for row in new}
+            if is_main:
+                table.add(new)
+            scored = [row for row in done.values() if "problem" not in row]
+            for_all = {name: sum(row[name] for row in scored) / max(1, len(scored)) for name in table.scores}
+            bar.set_postfix_str(" ".join(f"{name} {mean:.4g}" for name, mean in for_all.items()))
+            if any(stopping for _, stopping in parts) and start + processes < len(batches):
+                return False
+    return True

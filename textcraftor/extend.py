@@ -1,0 +1,43 @@
+"""The prompt engineering baseline: a causal language model goes on with each prompt before images are made of it."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from textcraftor.errors import UserError, first_line
+from textcraftor.generate import index_seed
+
+NEW_TOKENS = 50
+
+
+def load_extender(model, device):
+    """(tokenizer, language model) of a folder or hub id; UserError if there is none."""
+    where = {"local_files_only": Path(model).is_dir()}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **where)
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **where)
+    except Exception as problem:  # of the hub's client, safetensors, json, and configurations
+        raise UserError(
+            f"--prompt_eng {model}: cannot be loaded ({first_line(problem)}); expected a folder or hub id of a causal "
+            "language model"
+        ) from problem
+    return tokenizer, network.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def extend_prompt(tokenizer, model, prompt, seed, index):
+    """The prompt, a comma, and what the model says next, sampled (top 50) with a seed of (seed, index); one line.
+
+    One prompt at a time: the model's random numbers, and in their last bits its logits, depend on the whole batch.
+    """
+    room = model.config.max_position_embeddings - NEW_TOKENS
+    tokens = tokenizer(f"{prompt},", return_tensors="pt", truncation=True, max_length=room).to(model.device)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(index_seed(seed, index))
+        output = model.generate(
+            tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=50,
+            pad_token_id=model.config.eos_token_id,
+        )  # fmt: skip
+    said = tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True)
+    return " ".join(f"{prompt},{said}".split())

@@ -1,0 +1,95 @@
+"""Scores of images, from the decoder or from files."""
+
+import hashlib
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import hpsv2
+from rewards import check_files, load_reward
+from textcraftor.errors import UserError, first_line
+from textcraftor.options import check_all
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def load_scorers(names, root, device, hps_version):
+    """{column: reward} of the rewards `names`, fp32; HPSv2's column says its version, so that no two are compared."""
+    scorers = {}
+    for name in names:
+        if name == "hpsv2":
+            scorers[f"hps_v{hps_version}"] = hpsv2.load(Path(root), device, torch.float32, hps_version)
+        else:
+            scorers[name] = load_reward(name, root, device)
+    return scorers
+
+
+def check_scorers(names, root, hps_version):
+    """Raise UserError naming every file that load_scorers needs and lacks."""
+
+    def check_hpsv2():
+        if missing := hpsv2.missing(Path(root), hps_version):
+            raise UserError(f"reward weights are missing:\n  hpsv2: {missing[0]}")
+
+    check_all([(check_files, [name for name in names if name != "hpsv2"], root), (check_hpsv2,)])
+
+
+@torch.inference_mode()
+def score_images(scorers, images, prompts):
+    """Images (B, 3, H, W), in [0, 1] but for a bicubic overshoot, and B prompts -> B dicts {column: score}.
+
+    Scores are rewards without their scale and weight.
+    """
+    columns = [scorer.score(scorer.image_features(images.float()), prompts).tolist() for scorer in scorers.values()]
+    # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
+    rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
+    return [dict(zip(scorers, row, strict=True)) for row in rows]
+
+
+def score_files(scorers, paths, prompts, view):
+    """Score image files, each after view(RGB picture) -> (3, H, W).
+
+    Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing or cannot be decoded.
+    """
+    pixels = [_read(path, view) for path in paths]
+    results = [{"problem": found} if isinstance(found, str) else {} for found in pixels]
+    readable = [i for i, result in enumerate(results) if not result]
+    for _, same_size in groupby(readable, key=lambda i: pixels[i].shape):
+        batch = list(same_size)
+        images, texts = torch.stack([pixels[i] for i in batch]), [prompts[i] for i in batch]
+        for i, scores in zip(batch, score_images(scorers, images, texts), strict=True):
+            results[i] = scores
+    return results
+
+
+def whole_view(picture):
+    """A picture as the decoder gave it: all its pixels."""
+    return pil_to_tensor(picture) / 255
+
+
+def _read(path, view):
+    try:
+        with Image.open(path) as picture:
+            return view(picture.convert("RGB"))
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as problem:  # every format's decoder raises its own kinds
+        return f"cannot be decoded ({first_line(problem)})"
+
+
+def find_image(folder, file):
+    """The name below `folder` of the image `file`, which may have another suffix there."""
+    names = [file, *(str(Path(file).with_suffix(suffix)) for suffix in SUFFIXES)]
+    return next((name for name in names if (Path(folder) / name).is_file()), file)
+
+
+def weights_hash(network):
+    """sha256 of a network's weights in fp32, in their order: the same whatever file and names they came under."""
+    digest = hashlib.sha256()
+    for weight in network.state_dict().values():
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(weight.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
