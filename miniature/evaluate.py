@@ -1,7 +1,7 @@
 """Measure tuned text encoders of the miniature on its held-out prompts: rewards, judge, and paired 95 % intervals.
 
     python -m miniature.evaluate output/tc_text.safetensors
-    python -m miniature.evaluate output/tc_text.safetensors --count 256 --guidance 3 --picture after.png
+    python -m miniature.evaluate output/tc_text.safetensors --start 256 --guidance 3 --picture after.png
 
 Same prompts and noise before and after; the tuned encoder drives the last 15 of 25 steps, as in every test.
 """
@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text_path", help="tuned text encoder, safetensors or .pth")
     parser.add_argument("--prompts", default=str(HERE / "heldout.csv"))
+    parser.add_argument("--start", type=int, default=0, help="first prompt, counted from 0")
     parser.add_argument("--count", type=int, default=512, help="how many prompts")
     parser.add_argument("--guidance", type=float, default=defaults.get("guidance", 7.5))
     parser.add_argument("--grad_steps", type=int, default=TEST_GRAD_STEPS, help="steps that the tuned encoder drives")
@@ -39,7 +40,7 @@ def main() -> None:
 
     quiet_libraries()
     torch.manual_seed(0)
-    prompts = read_prompts(args.prompts)[0][:args.count]
+    prompts = read_prompts(args.prompts)[0][args.start:args.start + args.count]
     tokenizer, original, unet, vae, config = load_model(HERE / "stable-diffusion")
     tuned = load_model(HERE / "stable-diffusion")[1]
     load_text_encoder(tuned, args.text_path)
@@ -55,7 +56,7 @@ def main() -> None:
     def look(encoder):
         def generate(batch, indices):
             embeddings = embed_prompts(tokenizer, original, encoder, unconditional, batch)
-            noise = validation_noise(indices, shape)
+            noise = validation_noise([args.start + i for i in indices], shape)
             with torch.autocast("cpu", torch.bfloat16):
                 z = sample_latents(unet, scheduler, noise, *embeddings, args.guidance, args.grad_steps)
                 return decode(vae, z).float()
