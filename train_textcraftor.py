@@ -329,7 +329,7 @@ def main(argv=None):
     after = after or look(last_step, len(held_out))
     if is_main:
         before = load_look(before_path)
-        pictures.before_after_grid(before, after, held_out, last_step, output / "before_after.png")
+        pictures.before_after_grid(before, after, held_out, f"{last_step} steps", output / "before_after.png")
         print(comparison(before[0], after[0]))
         skipped, cut = (sum(row.get(name, 0) for row in record.rows) for name in ("skipped", "cut"))
         print(f"{skipped:.0f} steps skipped; {cut:.0f} prompts were longer than the text encoder reads, and cut")

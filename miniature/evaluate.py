@@ -66,7 +66,7 @@ def main() -> None:
     print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
     print(comparison(before[0], after[0]))
     if args.picture:
-        before_after_grid(before, after, prompts, 0, Path(args.picture))
+        before_after_grid(before, after, prompts, "tuning", Path(args.picture))
 
 
 if __name__ == "__main__":

@@ -410,7 +410,7 @@ def test_what_is_no_language_model_is_refused(parti, work):
     (["--guidance", "0.5"], "--guidance 0.5: must be at least 1"),
     (["--score_only", "none"], "--score_only none: no such folder"),
     (["--scheduler", "Karras"], "invalid choice"),
-    (["--model", "./none"], "no such model folder"),
+    (["--model", "./none"], "no such model"),
     (["--text_path", "none.pth"], "none.pth: no such weights"),
     (["--score_only", "."], "has no image of this benchmark; the first would be 00000.png"),
 ])  # fmt: skip

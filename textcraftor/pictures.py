@@ -27,12 +27,15 @@ def sample_grid(images, prompts, scores, step, path):
     _grid([[image] for image in images], prompts, notes, f"step {step} · {means}", path)
 
 
-def before_after_grid(before, after, prompts, step, path):
-    """Pairs of images, before left and after right, each over its prompt; before, after: (scores, images) as above."""
+def before_after_grid(before, after, prompts, tuned, path):
+    """Pairs of images, before left and after right, each over its prompt; before, after: (scores, images) as above.
+
+    tuned: what came between, for the title.
+    """
     (first, first_images), (last, last_images) = before, after
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
     means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
-    title = f"before (left) and after {step} steps (right) · {means}"
+    title = f"before (left) and after {tuned} (right) · {means}"
     _grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title, path)
 
 
