@@ -3,14 +3,14 @@ TextCraftor: reward fine-tuning of the text encoder (and, afterwards, the UNet) 
 https://arxiv.org/abs/2403.18978
 
 The paper's run, on every GPU of this machine (the same as `sh run_textcraftor.sh`):
-$ accelerate launch train_textcraftor.py --prompts openprompts.csv --output-path output/text
+$ accelerate launch train_textcraftor.py --prompts openprompts.csv
 
 The small Stable Diffusion that ships with this repository, on a CPU, in minutes:
 $ python train_textcraftor.py --model miniature
 
 The second stage, the UNet under the tuned text encoder:
-$ accelerate launch train_textcraftor.py --text_path output/text/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
-      --batch-size 1 --output-path output/unet
+$ accelerate launch train_textcraftor.py --text_path output/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
+      --batch-size 1 --output-path output_unet
 
 Go on after an interruption: the same command and --resume
 """

@@ -7,7 +7,6 @@ Same prompts and noise before and after; the tuned encoder drives the last 15 of
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 
 from rewards import NAMES, RewardSum, load_function, load_reward
 from textcraftor.checkpoints import load_text_encoder
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, run_program
 from textcraftor.models import embed_prompts, encode_prompts, load_model, quiet_libraries
 from textcraftor.pictures import before_after_grid
 from textcraftor.prompts import read_prompts
@@ -41,6 +40,9 @@ def main() -> None:
     quiet_libraries()
     torch.manual_seed(0)
     prompts = read_prompts(args.prompts)[0][args.start:args.start + args.count]
+    if len(prompts) < 2:
+        raise UserError(f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
+                        f"{args.prompts}, and an interval needs two")
     tokenizer, original, unet, vae, config = load_model(HERE / "stable-diffusion")
     tuned = load_model(HERE / "stable-diffusion")[1]
     load_text_encoder(tuned, args.text_path)
@@ -70,7 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -31,13 +31,14 @@ NAMES, COLOURS = list(OBJECTS), list(BACKGROUNDS)
 
 
 def is_held_out(scene: dict) -> bool:
-    """Whether the scene pairs an object with the one background that no training scene pairs it with."""
+    """Whether the scene pairs an object with the one background that no picture for CLIP, autoencoder and UNet pairs
+    it with. (Spoiled scenes may, and so do a few captions, pictures of the raters' and of the judge.)"""
     colour = COLOURS.index(scene["background"])
     return any(NAMES.index(o["name"]) * 5 % len(COLOURS) == colour for o in scene["objects"])
 
 
 def random_scene(rng: np.random.Generator, held_out: bool = False) -> dict:
-    """Draw a scene; `held_out` picks from the pairs that training never sees, otherwise from all the others."""
+    """Draw a scene; `held_out` picks from the pairs that `is_held_out` keeps apart, otherwise from all the others."""
     while True:
         places = [[p] for p in PLACES] + [["left", "right"], ["top", "bottom"]]
         layout = places[rng.choice(len(places), p=[.09] * 5 + [.3, .25])]

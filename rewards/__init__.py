@@ -1,6 +1,7 @@
 """Rewards by name, a user's own from a file, and their weighted sum.
 
-A new reward is a module with `missing(root) -> list[str]` and `load(root, device, dtype) -> Reward`, and a line here.
+A new reward is a module with `missing(root) -> list[str]` and `load(root, device, dtype) -> Reward`, a line
+here, and one for its weight among the options of train_textcraftor.py.
 """
 
 import importlib

@@ -9,14 +9,13 @@ import argparse
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rewards import NAMES, check_files, load_reward
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, run_program
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = {"clip": 1e-3, "aesthetic": 1e-2, "pickscore": 2e-2, "hpsv2": 1e-3}  # fp32 on another device
@@ -89,11 +88,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_files(NAMES, args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    golden, wrong = json.loads(args.golden.read_text()), 0
-    before = json.dumps(golden)
+    golden, wrong, confused = json.loads(args.golden.read_text()), 0, 0
+    before, released = json.dumps(golden), args.golden.resolve() == GOLDEN.resolve()
     for name in NAMES:
         reward = load_reward(name, args.weights, device)
-        if args.golden.resolve() == GOLDEN.resolve() and reward.image_size != (224, 224):
+        if released and reward.image_size != (224, 224):
             raise UserError(
                 f"{name} takes {reward.image_size[0]} x {reward.image_size[1]} pixels, the released model 224 x 224; "
                 f"{GOLDEN.name} is for the released ones, name another file with --golden"
@@ -104,6 +103,9 @@ def main(argv=None):
         print(*lines, sep="\n")
         if nearest is not None:
             print(f"{name:10} the own prompt is the nearest for {nearest} of {len(scores)} pictures")
+            confused += nearest < len(scores)
+    if confused and released:
+        raise UserError(f"{confused} of the models take another prompt's picture for their own; nothing recorded")
     if json.dumps(golden) != before:
         machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
         golden["recorded on"] = f"{machine}, torch {torch.__version__}"
@@ -116,7 +118,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -11,6 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote
 
 import open_clip
@@ -269,3 +270,18 @@ def test_a_full_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"GB free, 1000000000.00 GB are needed"):
         downloads.download(["aesthetic"], tmp_path)
     assert files(tmp_path) == []
+
+
+def test_what_is_here_already_needs_no_room(tmp_path, monkeypatch):
+    source = downloads.HEAD
+    file = downloads.File(source, source.files[0], 1000, None)
+    part = downloads.part_of(downloads.place_of(file, tmp_path))
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(900))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    said = []
+    downloads.check_disk([file], tmp_path, said.append)
+    assert said == [f"0.00 GB to fetch, 0.00 GB free in {tmp_path}"]
+    part.write_bytes(bytes(899))
+    with pytest.raises(UserError, match="make room"):
+        downloads.check_disk([file], tmp_path, said.append)

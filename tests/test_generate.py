@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from textcraftor.checkpoints import load_text_encoder, save_text_encoder, save_unet
 from textcraftor.errors import UserError
 from textcraftor.evaluation import SCHEDULERS
-from textcraftor.generate import check_tuned, generate, load_pipeline, load_tuned, switch_embeddings
+from textcraftor.generate import check_steps, check_tuned, generate, load_pipeline, load_tuned, switch_embeddings
 from textcraftor.models import embed_prompts, encode_prompts, load_model
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
@@ -164,12 +165,22 @@ def test_tuned_weights_that_do_not_fit_are_refused(stable_diffusion, tuned_path,
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: expected a weight file, a folder or a hub id with a CLIPTextModel"):
         load_pipeline(str(stable_diffusion), "DDIM", T, text_path=str(tmp_path / "empty"))
+    lacking = copy.deepcopy(load_model(str(stable_diffusion))[1])
+    lacking.save_pretrained(tmp_path / "lacking")
+    state = load_file(tmp_path / "lacking" / "model.safetensors")
+    name = sorted(name for name in state if "layers.0.mlp.fc1.weight" in name)[0]
+    del state[name]
+    save_file(state, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacking: its text_encoder lacks .*layers\.0\.mlp\.fc1\.weight"):
+        load_pipeline(str(stable_diffusion), "DDIM", T, text_path=str(tmp_path / "lacking"))
     for path in ("checkpoints/none.pth", "./none", "/none", "a/b/c"):
         with pytest.raises(UserError, match="no such weights"):
             check_tuned(path)
     check_tuned("somebody/model")
 
 
-def test_a_number_of_steps_that_the_pipeline_would_change_is_refused(stable_diffusion):
+def test_a_number_of_steps_that_the_pipeline_would_change_is_refused():
     with pytest.raises(UserError, match="--step 61: diffusers' DDIM makes 62"):
-        load_pipeline(str(stable_diffusion), "DDIM", 61)
+        check_steps("DDIM", 61)
+    check_steps("DDIM", 25)
+    check_steps("Euler", 61)

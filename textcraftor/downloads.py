@@ -139,7 +139,9 @@ def check_disk(files, root, say):
         folder = (Path(constants.HF_HUB_CACHE) if file.source.folder is CACHE else root).absolute()
         folder = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
         first, size = needed.get(folder.stat().st_dev, (folder, 0))
-        needed[folder.stat().st_dev] = first, size + file.size
+        part = part_of(place_of(file, root))
+        begun = part.stat().st_size if part.exists() else 0
+        needed[folder.stat().st_dev] = first, size + file.size - (begun if begun <= file.size else 0)
     for folder, size in needed.values():
         free = shutil.disk_usage(folder).free
         say(f"{size / 1e9:.2f} GB to fetch, {free / 1e9:.2f} GB free in {folder}")
@@ -147,19 +149,29 @@ def check_disk(files, root, say):
             raise UserError(f"{folder} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed; make room")
 
 
-def fetch(file, root):
-    """Fetch one file to its place, and return the place; UserError if it is not what was promised."""
+def place_of(file, root):
+    """Where the content of a file belongs."""
     repo, _, folder, kind = file.source
     if folder is CACHE:  # the library names contents by their sha256 there
-        place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type=kind), "blobs", file.sha256)
-    else:
-        place = root / folder / file.name
+        return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type=kind), "blobs", file.sha256)
+    return root / folder / file.name
+
+
+def part_of(place):
+    """Where a file lies while it is not whole."""
+    return place.with_name(f"{place.name}.part")
+
+
+def fetch(file, root):
+    """Fetch one file to its place, and return the place; UserError if it is not what was promised."""
+    place = place_of(file, root)
+    part = part_of(place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.part")
     receive(file, part)
     verify(file, part)
     os.replace(part, place)
-    return hf_hub_download(repo, file.name) if folder is CACHE else place  # which finds the content, and links to it
+    in_cache = file.source.folder is CACHE
+    return hf_hub_download(file.source.repo, file.name) if in_cache else place  # finds the content, and links to it
 
 
 def receive(file, part):

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerat
 
 # fmt: off
 OPTIONS = (
-    ("--model",            "./stable-diffusion-v1-5", "folder, hub id, or `miniature` (has its own prompts)"),
+    ("--model",            "./stable-diffusion-v1-5", "folder, file, hub id, or `miniature` (its own prompts)"),
     ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder: safetensors, .pth, folder or hub id"),
     ("--unet_path",        "",                        "tuned UNet, likewise"),
@@ -64,13 +64,13 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     from accelerate import Accelerator
 
     import hpsv2
-    from textcraftor.generate import check_tuned
+    from textcraftor.generate import check_steps, check_tuned
     from textcraftor.models import check_model, quiet_libraries
     from textcraftor.scores import check_scorers, load_scorers, weights_hash, whole_view
 
     checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
     if not args.score_only:
-        checks += [(check_model, args.model)]
+        checks += [(check_model, args.model), (check_steps, args.scheduler, args.step)]
         checks += [(check_tuned, path) for path in (args.text_path, args.unet_path) if path]
     check_all(checks)
     quiet_libraries()

@@ -25,23 +25,28 @@ SCHEDULERS = {
 }
 
 
+def check_steps(name, steps):
+    """Raise UserError for a number of steps that the scheduler `name` cannot make."""
+    if name == "DDIM":
+        scheduler = make_scheduler(diffusers.DDIMScheduler().config, steps)
+        scheduler.set_timesteps(steps)  # what the pipeline will do, without make_scheduler's cut
+        if (made := len(scheduler.timesteps)) != steps:
+            raise UserError(f"--step {steps}: diffusers' DDIM makes {made} of it; take another number")
+
+
 def new_scheduler(name, config, steps):
     """The scheduler `name` with the model's noise schedule: "DDIM" is training's, the others are as diffusers has them.
 
-    config: of the model's own scheduler, a dict. Raises UserError for a number of steps that DDIM cannot make.
+    config: of the model's own scheduler, a dict.
     """
-    if name != "DDIM":
-        own = {"skip_prk_steps": True} if name == "PNDM" else {}  # as SD v1.5: no steps of 4 evaluations
-        return getattr(diffusers, SCHEDULERS[name]).from_config(config, **own)
-    scheduler = make_scheduler(config, steps)
-    scheduler.set_timesteps(steps)  # what the pipeline will do, without make_scheduler's cut
-    if len(scheduler.timesteps) != steps:
-        raise UserError(f"--step {steps}: diffusers' DDIM makes {len(scheduler.timesteps)} of it; take another number")
-    return scheduler
+    if name == "DDIM":
+        return make_scheduler(config, steps)
+    own = {"skip_prk_steps": True} if name == "PNDM" else {}  # as SD v1.5: no steps of 4 evaluations
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **own)
 
 
 def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
-    """A StableDiffusionPipeline of `model` (folder or hub id) -> (pipeline, tuned text encoder or the original again).
+    """A StableDiffusionPipeline of `model`, see load_model -> (pipeline, tuned text encoder or the original again).
 
     text_path, unet_path: tuned weights, see load_tuned. All networks are fp32, frozen, on the CPU.
     """
@@ -74,10 +79,14 @@ def load_tuned(network, path, kind, part, load_file):
     problems = []
     for subfolder in subfolders:
         try:
-            found = kind.from_pretrained(path, subfolder=subfolder, local_files_only=is_folder)
+            found, info = kind.from_pretrained(
+                path, subfolder=subfolder, local_files_only=is_folder, output_loading_info=True
+            )
         except Exception as problem:  # of the hub's client, safetensors, json, and configurations
             problems.append(first_line(problem))
             continue
+        if info["missing_keys"]:  # which the library fills at random
+            raise UserError(f"{path}: its {part} lacks {sorted(info['missing_keys'])[0]} and perhaps more")
         load_strictly(network, found.float().state_dict(), path)
         return network
     raise UserError(
