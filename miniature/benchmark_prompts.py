@@ -4,6 +4,7 @@ and in the HPSv2 benchmark's (a list of prompts a style).
     python -m miniature.benchmark_prompts          writes them to miniature/benchmarks/
 """
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def write_benchmarks(to: Path) -> None:
     """Write PartiPrompts.tsv and HPDv2/STYLE.json into the folder `to`."""
     captions = held_out_captions(0)
     lines = ["Prompt\tCategory\tChallenge\tNote"]
-    for _, caption in zip(range(PARTI_PROMPTS), captions, strict=False):
+    for caption in islice(captions, PARTI_PROMPTS):
         lines.append(f"{caption}\t{category(caption)}\t{challenge(caption)}\t")
     (to / "HPDv2").mkdir(parents=True, exist_ok=True)
     (to / "PartiPrompts.tsv").write_text("\n".join(lines) + "\n")

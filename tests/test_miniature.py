@@ -133,6 +133,15 @@ def test_the_tokenizer_knows_whole_words_and_spells_the_rest():
     assert tokenizer("fox").input_ids[-1] == len(tokenizer) - 1, "the end token is the largest id"
 
 
+def test_the_tokenizer_is_the_same_in_every_process():
+    """The one that ships was written by another process; equally frequent pairs must not be merged in random order."""
+    tokenizer = clips.new_tokenizer()
+    for folder in ("clip", "hpsv2", "pickscore/pickmodel", "stable-diffusion/tokenizer", "aesthetic/clip"):
+        assert json.loads((FOLDER / folder / "vocab.json").read_text()) == tokenizer.get_vocab()
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        assert (FOLDER / folder / "merges.txt").read_text().splitlines()[1:] == [" ".join(pair) for pair in merges]
+
+
 def test_scenes_of_a_family_differ_in_one_thing_and_captions_fit():
     shown, captions = clips.families(np.random.default_rng(3))
     families = ([(shown[i:i + 5], "condition") for i in range(0, 40, 5)]

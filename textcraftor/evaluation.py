@@ -55,10 +55,8 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     """Make the benchmark's images and score them, or go on with that; UserError for what the user can mend."""
     args = parse_arguments(benchmark, description, argv)
     check_arguments(args)
-    if not Path(args.prompts).exists() and args.fetch:
-        benchmark.fetch(Path(args.prompts))
-    every_row = benchmark.read(Path(args.prompts))
-    rows = [row for row in every_row if not args.limit or int(Path(row["file"]).stem) < args.limit]
+    to_fetch = args.fetch and not Path(args.prompts).exists()
+    every_row = [] if to_fetch else benchmark.read(Path(args.prompts))
 
     # Imported only now: whatever is wrong above is said at once.
     from accelerate import Accelerator
@@ -73,6 +71,10 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
         checks += [(check_model, args.model), (check_steps, args.scheduler, args.step)]
         checks += [(check_tuned, path) for path in (args.text_path, args.unet_path) if path]
     check_all(checks)
+    if to_fetch:
+        benchmark.fetch(Path(args.prompts))
+        every_row = benchmark.read(Path(args.prompts))
+    rows = [row for row in every_row if not args.limit or int(Path(row["file"]).stem) < args.limit]
     quiet_libraries()
     accelerator = Accelerator()
     say = print if accelerator.is_main_process else lambda text: None
