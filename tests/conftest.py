@@ -6,6 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
 
 import pytest
 import tiny
+from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process."""
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

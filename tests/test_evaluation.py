@@ -36,13 +36,6 @@ MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 THINGS = ("fox", "cat", "car", "hat", "sea")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its settings for the life of a process."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A folder with both benchmarks in small, made the current one."""

@@ -55,13 +55,6 @@ def constant(images, prompts):
 """
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps its settings for the life of a process."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     """A folder with ten prompts and the user's rewards, made the current one."""
