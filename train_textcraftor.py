@@ -20,7 +20,7 @@ import importlib.util
 import json
 import math
 import time
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from zlib import crc32
 
@@ -54,6 +54,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder, 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet, 0 = frozen"),
     ("--lr_warmup_steps",  0,                         "steps in which the learning rates rise to these"),
+    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "how they go on, to 0 at --max_steps"),
     ("--max_grad_norm",    0.0,                       "cut the gradient to this norm, 0 = never"),
     # How to sample.
     ("--step",             25,                        "T, DDIM steps"),
@@ -61,7 +62,8 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     # How long, how often, and on what.
-    ("--batch-size",       4,                         "prompts a step and process"),
+    ("--batch-size",       4,                         "prompts at once on each process"),
+    ("--gradient_accumulation_steps", 1,              "so many batches a step, for the memory of one"),
     ("--max_steps",        10_000,                    "end after so many steps, 0 = never"),
     ("--epochs",           0,                         "end after so many passes over the prompts, 0 = never"),
     ("--sample_every",     100,                       "steps from one sample picture to the next, 0 = none"),
@@ -69,14 +71,16 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--save_every",       250,                       "steps from one checkpoint to the next, 0 = last"),
     ("--resume",           False,                     "go on with the run in --output-path"),
     ("--seed",             0,                         "of the order of the prompts and of the noise"),
-    ("--mixed_precision",  ("no", "fp16", "bf16"),    "what the networks compute in"),
+    ("--mixed_precision",  ("no", "fp16", "bf16"),    "what networks compute in, and what frozen ones are kept in"),
     ("--gradient_checkpointing", ("full", "none"),    "none: faster, but memory grows by all activations a grad step"),
+    ("--compile",          False,                     "compile the UNet's transformer blocks; slower to start"),
     ("--report_to",        ("", "tensorboard", "wandb"), "tracker that gets metrics.csv's rows too"),
     ("-j --workers",       0,                         "processes that prepare batches, 0 = this one does"),
 )
 # fmt: on
 # What may differ when a run is resumed; the rest would make it another run.
 FREE_ON_RESUME = {"resume", "output_path", "weights", "workers", "report_to", "batch_size", "epochs", "max_steps"}
+FREE_ON_RESUME |= {"gradient_accumulation_steps", "compile"}
 FREE_ON_RESUME |= {"sample_every", "val_every", "save_every", "gradient_checkpointing"}
 
 
@@ -99,7 +103,7 @@ def parse_arguments(argv=None):
 def check_arguments(args):
     """Raise UserError, one line, for options that make no sense."""
     require(args, {
-        "step grad_steps batch_size val_count": 1,
+        "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed workers": 0,
         "guidance prompt_weighting sample_every val_every save_every": 0,
     })  # fmt: skip
@@ -126,7 +130,8 @@ def main(argv=None):
     # Imported only now: whatever is wrong above is said at once.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs, set_seed
+    from accelerate.utils import AutocastKwargs, GradScalerKwargs, set_seed
+    from diffusers.optimization import get_scheduler
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -152,15 +157,18 @@ def main(argv=None):
 
     # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward, the UNet runs
     # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
+    # fp16's loss scale is halved after each step that it makes infinite: MOST_SKIPS in a row bring it from 2^10 to 1.
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        log_with=args.report_to or None, project_dir=output,
+        mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output,
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS)],
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take bf16 or no")
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    global_batch = args.batch_size * accelerator.num_processes
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products on tensor cores; convolutions do so by default
+    accumulation = args.gradient_accumulation_steps
+    global_batch = args.batch_size * accelerator.num_processes * accumulation
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
     set_seed(args.seed % 2**32)  # for users' own rewards; order and noise take the whole seed
     say = tqdm.write if is_main else lambda text: None
@@ -169,15 +177,18 @@ def main(argv=None):
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
     )
 
-    # Model. Low precision is for what is frozen; the original text encoder stays comparable with the tuned one.
+    # Model. What is frozen is kept in low precision and computes in it; what trains is fp32, under autocast.
     tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
     text_encoder = copy.deepcopy(original_encoder) if args.lr_text or args.text_path else original_encoder
     if args.text_path:
         checkpoints.load_text_encoder(text_encoder, args.text_path)
-    original_encoder.to(device)
-    text_encoder.to(device)
-    vae.to(device, low_precision)
+    original_encoder.to(device, low_precision)
+    text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
     unet.to(device, torch.float32 if args.lr_unet else low_precision)
+    vae.to(device, low_precision)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # blocks of all widths and resolutions share one piece of code
+        unet.compile_repeated_blocks()
     scheduler = make_scheduler(scheduler_config, args.step)
     recompute = args.gradient_checkpointing == "full"
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -186,16 +197,14 @@ def main(argv=None):
 
     def generate(prompts, noise, grad_steps):
         """B prompts and their noise (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains."""
-        with accelerator.autocast():
-            encoders = (original_encoder, text_encoder, unconditional)
-            original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
-            z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
-            return decode(vae, z, recompute).float()
+        encoders = (original_encoder, text_encoder, unconditional)
+        original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
+        z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
+        return decode(vae, z, recompute)
 
-    # Rewards, and monitors. fp16 would lose the third decimal of a PickScore.
+    # Rewards, and monitors.
     def load(spec):
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, dtype)
+        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, low_precision)
 
     rewards = RewardSum([(load(spec), weight) for spec, weight in weighted.items()])
     monitors = [load(spec) for spec in monitored]
@@ -207,7 +216,7 @@ def main(argv=None):
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = accelerator.prepare(torch.optim.AdamW(groups))
     for network, _, _ in trained.values():
-        accelerator.prepare_model(network, evaluation_mode=True)  # not wrapped, but part of the saved state
+        accelerator.prepare_model(network, evaluation_mode=True)  # autocast, and part of the saved state; not wrapped
 
     def write_weights(suffix=""):
         for name, (network, _, write) in trained.items():
@@ -262,34 +271,40 @@ def main(argv=None):
 
     # Train.
     stream = PromptStream(prompts, args.seed, latent_shape)
-    mine = batches(first_step, last_step, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    first_batch, last_batch = first_step * accumulation, last_step * accumulation
+    mine = batches(first_batch, last_batch, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
+    (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # of the step alone: none to save
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
     after = None
     with stop_signals() as stop, bar:
-        loader = DataLoader(stream, batch_sampler=mine, num_workers=args.workers)
-        for step, batch in enumerate(loader, first_step + 1):
+        loader = iter(DataLoader(stream, batch_sampler=mine, num_workers=args.workers))
+        for step in range(first_step + 1, last_step + 1):
             began = time.perf_counter()
 
             # Sample, score, and the gradient of loss = -sum of weighted rewards.
-            images = generate(batch["prompt"], batch["noise"], args.grad_steps)
-            total, scores = rewards(images, batch["prompt"])
-            if not total.requires_grad:
-                raise UserError("no reward in use is differentiable in the images: nothing to learn from")
-            accelerator.backward(-total.mean())
+            cut, parts = 0, []
+            for batch in islice(loader, accumulation):
+                images = generate(batch["prompt"], batch["noise"], args.grad_steps)
+                total, scores = rewards(images, batch["prompt"])
+                if not total.requires_grad:
+                    raise UserError("no reward in use is differentiable in the images: nothing to learn from")
+                accelerator.backward(-total.mean() / accumulation)
+                cut += count_cut(tokenizer, batch["prompt"])
+                parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in names)]))
             for parameter in parameters if accelerator.num_processes > 1 else ():
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
             # Means over all processes, from which each of them decides the same.
-            cut = count_cut(tokenizer, batch["prompt"]) * accelerator.num_processes
-            here = [total.detach().mean(), *(scores[name].mean() for name in names)]
-            here += [torch.tensor(float(value), device=device) for value in (cut, len(stop))]
-            *means, cut, stopping = accelerator.gather(torch.stack(here)[None]).mean(dim=0).tolist()
+            counts = torch.tensor([cut * accelerator.num_processes, len(stop)], device=device)
+            here = torch.cat([torch.stack(parts).mean(dim=0), counts])
+            *means, cut, stopping = accelerator.gather(here[None]).mean(dim=0).tolist()
 
             # Update, unless loss or gradient are not finite.
             skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
             for group, (_, rate, _) in zip(optimizer.param_groups, trained.values(), strict=True):
-                group["lr"] = rate * min(1, step / max(1, args.lr_warmup_steps))
+                group["lr"] = rate * factor(step)
             if not skip:
                 optimizer.step()
             elif accelerator.scaler:
