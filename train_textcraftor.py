@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent
 REWARDS = ("clip", "aesthetic", "pickscore", "hpsv2")
 WINDOW = 20  # steps that the progress line averages
 GRID = 8  # held-out prompts on the pictures
+HAS_FP16 = {"cuda", "xpu", "npu", "mps"}
 MOST_SKIPS = 10  # updates skipped in a row that end the run
 
 # fmt: off
@@ -73,6 +74,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--seed",             0,                         "of the order of the prompts and of the noise"),
     ("--mixed_precision",  ("no", "fp16", "bf16"),    "what networks compute in, and what frozen ones are kept in"),
     ("--gradient_checkpointing", ("full", "none"),    "none: faster, but memory grows by all activations a grad step"),
+    ("--vae_checkpointing", False,                    "decode image by image, twice: for GPUs with little memory"),
     ("--compile",          False,                     "compile the UNet's transformer blocks; slower to start"),
     ("--report_to",        ("", "tensorboard", "wandb"), "tracker that gets metrics.csv's rows too"),
     ("-j --workers",       0,                         "processes that prepare batches, 0 = this one does"),
@@ -80,7 +82,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
 # fmt: on
 # What may differ when a run is resumed; the rest would make it another run.
 FREE_ON_RESUME = {"resume", "output_path", "weights", "workers", "report_to", "batch_size", "epochs", "max_steps"}
-FREE_ON_RESUME |= {"gradient_accumulation_steps", "compile"}
+FREE_ON_RESUME |= {"gradient_accumulation_steps", "vae_checkpointing", "compile"}
 FREE_ON_RESUME |= {"sample_every", "val_every", "save_every", "gradient_checkpointing"}
 
 
@@ -163,7 +165,7 @@ def main(argv=None):
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS)],
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
-    if args.mixed_precision == "fp16" and device.type == "cpu":
+    if args.mixed_precision == "fp16" and device.type not in HAS_FP16:
         raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take bf16 or no")
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products on tensor cores; convolutions do so by default
@@ -200,7 +202,7 @@ def main(argv=None):
         encoders = (original_encoder, text_encoder, unconditional)
         original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
         z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
-        return decode(vae, z, recompute)
+        return decode(vae, z, args.vae_checkpointing)
 
     # Rewards, and monitors.
     def load(spec):

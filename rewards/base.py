@@ -114,13 +114,12 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     return repr(first) == repr(second) and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def features_of_each(rewards: list[Reward], images: Tensor) -> list[Tensor]:
-    """Images (B, 3, H, W) in [0, 1] -> for each reward its unit features (B, D), each image tower run once."""
-    features = {}
+def by_tower(rewards: list[Reward]) -> list[list[Reward]]:
+    """Rewards in groups that share an image tower, in their order."""
+    groups: dict[nn.Module, list[Reward]] = {}
     for reward in rewards:
-        if reward.visual not in features:
-            features[reward.visual] = reward.image_features(images)
-    return [features[reward.visual] for reward in rewards]
+        groups.setdefault(reward.visual, []).append(reward)
+    return list(groups.values())
 
 
 def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:

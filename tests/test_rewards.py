@@ -389,14 +389,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 
 
 @each_reward
-def test_bf16_is_close_to_fp32(rewards_root, name):
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.0025)], ids=["bf16", "fp16"])
+def test_half_types_are_close_to_fp32(rewards_root, name, dtype, error):
     images = random_images(count=8)
     prompts = [f"picture {i}" for i in range(8)]
     full = rewards.load_reward(name, rewards_root, "cpu")(images, prompts)
-    half = rewards.load_reward(name, rewards_root, "cpu", torch.bfloat16)(images, prompts)
+    half = rewards.load_reward(name, rewards_root, "cpu", dtype)(images, prompts)
     assert half.dtype == torch.float32
-    # bf16 keeps 8 bits; cosines come out within 0.02 of themselves, PickScores within 100 times that.
-    torch.testing.assert_close(half, full, rtol=0, atol=0.02 * (100 if name == "pickscore" else 1))
+    # bf16 keeps 8 bits and fp16 11: `error` is that of a cosine, and PickScores are 100 times that.
+    torch.testing.assert_close(half, full, rtol=0, atol=error * (100 if name == "pickscore" else 1))
     assert not torch.equal(half, full)
 
 
@@ -440,6 +441,56 @@ def test_sum_weighs_and_scales_each_reward(rewards_root):
         assert torch.equal(scores[name], alone[name])
     by_hand = 0.5 * 100 * alone["clip"] + 1 * 3 * alone["aesthetic"] + 2 * alone["pickscore"] - 300 * alone["hpsv2"]
     torch.testing.assert_close(total, by_hand)
+
+
+def by_hand(root, weights, images, function=None):
+    """The weighted sum by plain autograd, every reward on its own."""
+    terms = [weight * reward.scale * reward(images, PROMPTS) for name, weight in weights.items() for reward in [
+        rewards.load_reward(name, root, "cpu", torch.float64)
+    ]]  # fmt: skip
+    return sum(terms) + (function(images) if function else 0)
+
+
+def test_the_gradient_of_the_sum_is_autograds(rewards_root, tmp_path):
+    """Also of a user's function that looks at all images at once."""
+    file = tmp_path / "mine.py"
+    file.write_text("def spread(images, prompts):\n    return (images - images.mean(dim=0)).square().sum(dim=(1, 2, 3))\n")
+    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
+    loaded = [(rewards.load_reward(name, rewards_root, "cpu", torch.float64), w) for name, w in weights.items()]
+    summed = rewards.RewardSum([*loaded, (rewards.load_function(f"{file}:spread"), 0.1)])
+    images, same = (random_images().double().requires_grad_() for _ in range(2))
+    (-7 * summed(images, PROMPTS)[0].mean()).backward()
+    spread = lambda x: 0.1 * (x - x.mean(dim=0)).square().sum(dim=(1, 2, 3))  # noqa: E731
+    (-7 * by_hand(rewards_root, weights, same, spread).mean()).backward()
+    assert same.grad.norm() > 0
+    torch.testing.assert_close(images.grad, same.grad, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        assert not summed(images, PROMPTS)[0].requires_grad
+
+
+@pytest.mark.parametrize("quick_gelu, runs", [(True, 1), (False, 2)])
+def test_equal_towers_run_once(rewards_root, tmp_path, quick_gelu, runs):
+    """The CLIP reward from the aesthetic one's own file; with another activation it is another tower."""
+    root = copy_of(rewards_root, tmp_path)
+    shutil.rmtree(root / "clip")
+    shutil.copytree(root / "aesthetic" / "clip", root / "clip")
+    tiny.write_json(
+        root / "clip" / "open_clip_config.json",
+        {"model_cfg": tiny.OPEN_CLIP | {"quick_gelu": quick_gelu}, "preprocess_cfg": {}},
+    )
+    weights, calls = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0}, []
+    loaded = [(rewards.load_reward(name, root, "cpu", torch.float64), weight) for name, weight in weights.items()]
+    summed = rewards.RewardSum(loaded)
+    for tower in {reward.visual for reward, _ in loaded[:2]}:
+        tower.register_forward_hook(lambda *_: calls.append(1))
+    images, same = (random_images().double().requires_grad_() for _ in range(2))
+    total, _ = summed(images, PROMPTS)
+    assert len(calls) == runs
+    expected = by_hand(root, weights, same)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
+    total.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(images.grad, same.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_users_function_is_a_reward_of_scale_1(tmp_path):

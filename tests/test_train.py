@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rewards
 import train_textcraftor
@@ -217,6 +219,7 @@ def test_a_reward_of_weight_0_is_never_loaded(work, command, rewards_root, monke
         ([], 1e-3),  # Adam's first step is the learning rate, whatever the gradient
         (["--lr_warmup_steps", 4], 1e-3 / 4),
         (["--max_grad_norm", 1e-12], 0),  # a gradient far below Adam's epsilon
+        (["--lr_scheduler", "linear"], 1e-3 / 2),  # step 1 of 1: half-way from step 0 to step 2, where it would be 0
     ],
 )
 def test_warm_up_and_gradient_clipping(work, command, stable_diffusion, options, largest_update):
@@ -239,6 +242,76 @@ def test_low_precision_is_near_full_precision(work, command, rewards_root, train
         assert float(low["hpsv2"]) == pytest.approx(float(full["hpsv2"]), abs=0.03)
         assert float(low["grad_norm"]) == pytest.approx(float(full["grad_norm"]), rel=0.3)
     assert {value.dtype for value in load_file(f"bf16/{trains}.safetensors").values()} == {torch.float32}
+
+
+def test_the_learning_rate_falls_along_a_cosine(work, command):
+    rates = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train(*command, "--max_steps", 6, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--val_every", 0)
+    hook.remove()
+    expected = [1e-3 * min(step / 2, (1 + math.cos(math.pi * (step - 2) / 5)) / 2) for step in range(1, 7)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("trains", ["tc_text", "tc_unet"])
+def test_batches_can_be_accumulated(work, command, trains):
+    """Two batches of two are one of four; key biases have a true gradient of 0, Adam makes steps of its rounding."""
+    rates = {"tc_text": ["--lr_text", "1e-4"], "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-4"]}[trains]
+    run = [*command, *rates, "--max_steps", 3]
+    train(*run, "--batch-size", 4, "--output-path", "one")
+    train(*run, "--batch-size", 2, "--gradient_accumulation_steps", 2, "--output-path", "two")
+    one, two = load_file(f"one/{trains}.safetensors"), load_file(f"two/{trains}.safetensors")
+    for name in one:
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+    for first, second in zip(table("one"), table("two"), strict=True):
+        for name in ("total", "redness", "cut", "epoch", "val_total", "grad_norm"):
+            if first[name]:
+                assert float(second[name]) == pytest.approx(float(first[name]), rel=1e-4)
+
+
+def test_what_saves_memory_or_time_changes_no_result(work, command):
+    run = [*command, "--max_steps", 2, "--lr_text", "1e-4", "--val_every", 0]
+    train(*run, "--output-path", "plain")
+    train(*run, "--output-path", "vae", "--vae_checkpointing")
+    train(*run, "--output-path", "compiled", "--compile")
+    torch._dynamo.reset()
+    plain = load_file("plain/tc_text.safetensors")
+    for other in ("vae", "compiled"):
+        assert float(table(other)[2]["total"]) == pytest.approx(float(table("plain")[2]["total"]), rel=1e-4)
+        for name, value in load_file(f"{other}/tc_text.safetensors").items():
+            if not name.endswith("k_proj.bias"):
+                torch.testing.assert_close(value, plain[name], rtol=0, atol=2e-6)
+
+
+def test_fp16s_loss_scale_is_found(work, command, monkeypatch):
+    """Steps whose scaled gradient overflows are skipped until the scale fits, and then it trains.
+
+    Accelerate offers fp16 on GPUs only; a processor's own scaler shows the same loop.
+    """
+    scalers = []
+
+    class OnProcessor(accelerate.Accelerator):
+        mixed_precision = "fp16"
+
+        def __init__(self, mixed_precision, kwargs_handlers, **options):
+            super().__init__(**options)
+            assert mixed_precision == "fp16"
+            (options,) = (handler for handler in kwargs_handlers if hasattr(handler, "init_scale"))
+            assert options.init_scale == 2.0**train_textcraftor.MOST_SKIPS
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+            self.native_amp = True
+            scalers.append(self.scaler)
+
+    monkeypatch.setattr(accelerate, "Accelerator", OnProcessor)
+    monkeypatch.setattr(train_textcraftor, "HAS_FP16", {"cpu"})
+    train(*command, "--mixed_precision", "fp16", "--max_steps", 8, "--lr_text", "1e-4")
+    skipped = [row["skipped"] == "1" for row in table("output")[1:]]
+    count = sum(skipped)
+    assert 1 <= count <= 5 and skipped == [True] * count + [False] * (8 - count)
+    assert scalers[0].get_scale() == 2.0 ** (30 - count + (8 - count) // 3)
+    assert float(table("output")[-1]["val_redness"]) > float(table("output")[0]["val_redness"])
+    assert {value.dtype for value in load_file("output/tc_text.safetensors").values()} == {torch.float32}
 
 
 def test_second_stage_trains_the_unet_under_the_tuned_text_encoder(work, command, stable_diffusion):

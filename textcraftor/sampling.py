@@ -72,10 +72,10 @@ def sample_latents(unet, scheduler, latents, original, tuned, guidance, grad_ste
     return z
 
 
-def decode(vae, latents, checkpoint=True):
+def decode(vae, latents, checkpoint=False):
     """Latents z_0 (B, C, h, w) -> images (B, 3, H, W) clamped to [0, 1], in the type of z_0.
 
-    Image by image: at 512 x 512 one fills a GPU, and with checkpoint=True memory holds one image's activations only.
+    With checkpoint=True image by image, each computed again in the backward pass: memory holds the activations of one.
     """
 
     def image(z):
@@ -83,5 +83,6 @@ def decode(vae, latents, checkpoint=True):
         return (decoded.to(z.dtype) / 2 + 0.5).clamp(0, 1)
 
     if checkpoint:
-        image = partial(recompute_in_backward, image, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([image(z) for z in latents.split(1)])
+        again = partial(recompute_in_backward, image, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(z) for z in latents.split(1)])
+    return image(latents)
