@@ -10,9 +10,6 @@ $ python -m benchmarks.full_size --steps 3 --batch-size 4
 
 import contextlib
 import copy
-import resource
-import sys
-import time
 import weakref
 
 import open_clip
@@ -27,9 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from aesthetic import Aesthetic
 from pickscore import PickScore
 from rewards.towers import OpenClipReward
-from textcraftor.errors import UserError, run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts
-from textcraftor.options import make_parser, require
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
 PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly detailed"

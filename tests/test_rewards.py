@@ -454,7 +454,8 @@ def by_hand(root, weights, images, function=None):
 def test_the_gradient_of_the_sum_is_autograds(rewards_root, tmp_path):
     """Also of a user's function that looks at all images at once."""
     file = tmp_path / "mine.py"
-    file.write_text("def spread(images, prompts):\n    return (images - images.mean(dim=0)).square().sum(dim=(1, 2, 3))\n")
+    body = "return (images - images.mean(dim=0)).square().sum(dim=(1, 2, 3))"
+    file.write_text(f"def spread(images, prompts):\n    {body}\n")
     weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
     loaded = [(rewards.load_reward(name, rewards_root, "cpu", torch.float64), w) for name, w in weights.items()]
     summed = rewards.RewardSum([*loaded, (rewards.load_function(f"{file}:spread"), 0.1)])

@@ -1,0 +1,114 @@
+"""Stable Diffusion and four reward models with random weights, at full and at middle size; bytes alive."""
+
+import json
+import weakref
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+from aesthetic import Aesthetic
+from pickscore import PickScore
+from rewards.towers import OpenClipReward
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer
+
+WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}  # the paper's
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+LEARNING_RATE = 1e-6
+
+
+def full_size():
+    """Configurations of SD v1.5, ViT-g-14, ViT-L/14, PickScore and HPS v2."""
+    parts = ("text_encoder", "unet", "vae")
+    configs = {part: json.loads((SD_V1_CONFIGS / part / "config.json").read_text()) for part in parts}
+    towers = {"clip": "ViT-g-14", "aesthetic": "ViT-L-14-quickgelu", "hpsv2": "ViT-H-14"}
+    configs |= {name: open_clip.get_model_config(tower) for name, tower in towers.items()}
+    both = {"num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14}
+    configs["pickscore"] = {"text_config": text | both, "vision_config": vision | both, "projection_dim": 1024}
+    return configs | {"head": (768, 1024, 128, 64, 16, 1)}
+
+
+def middle_size():
+    """The same shapes with about 1/64 of the work: a quarter of the channels, 256 x 256 pixels, smaller towers."""
+    configs = full_size()
+    configs["text_encoder"] |= {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    configs["unet"] |= {"block_out_channels": (80, 160, 320, 320), "sample_size": 32, "cross_attention_dim": 384}
+    configs["unet"] |= {"norm_num_groups": 16}
+    configs["vae"] |= {"block_out_channels": (32, 64, 128, 128)}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 6}
+    for name, width, layers in (("clip", 384, 20), ("aesthetic", 256, 12), ("hpsv2", 320, 16)):
+        vision = {"image_size": 224, "layers": layers, "width": width, "head_width": 64, "patch_size": 28}
+        configs[name] |= {"embed_dim": 256, "vision_cfg": vision, "text_cfg": text}
+    both = {"num_attention_heads": 4, "hidden_act": "gelu", "projection_dim": 256}
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    vision = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 16, "patch_size": 28}
+    configs["pickscore"] = {"text_config": text | both, "vision_config": vision | both, "projection_dim": 256}
+    return configs | {"head": (256, 128, 64, 32, 16, 1)}
+
+
+def build(configs, trained, dtype):
+    """Networks with random weights on torch's default device, all frozen, `trained` in fp32 and the rest in `dtype`.
+
+    trained: "text_encoder" or "unet". Returns (original text encoder, tuned text encoder, unet, vae, rewards).
+    """
+
+    def make(kind, *arguments, dtype=dtype, **options):
+        torch.set_default_dtype(dtype)  # made in it: a copy in fp32 would not fit beside the others
+        network = kind(*arguments, **options)
+        torch.set_default_dtype(torch.float32)
+        return network.eval().requires_grad_(False)
+
+    def tower(name):
+        return make(open_clip.CLIP, **configs[name])
+
+    types = {"text_encoder": dtype, "unet": dtype} | {trained: torch.float32}
+    text = CLIPTextConfig(**configs["text_encoder"])
+    original, tuned = make(CLIPTextModel, text), make(CLIPTextModel, text, dtype=types["text_encoder"])
+    tuned.load_state_dict(original.state_dict())
+    unet = make(UNet2DConditionModel.from_config, configs["unet"], dtype=types["unet"])
+    vae = make(AutoencoderKL.from_config, configs["vae"])
+    tokenizer, widths = open_clip.SimpleTokenizer(), configs["head"]
+    layers = (nn.Linear(width, after) for width, after in zip(widths, widths[1:], strict=False))
+    rewards = [
+        OpenClipReward("clip", 100.0, tower("clip"), tokenizer),
+        Aesthetic(tower("aesthetic").visual, nn.Sequential(*layers).requires_grad_(False)),
+        PickScore(make(CLIPModel, CLIPConfig(**configs["pickscore"])), clip_tokenizer()),
+        OpenClipReward("hpsv2", 100.0, tower("hpsv2"), tokenizer),
+    ]
+    return original, tuned, unet, vae, rewards
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of `tensors` and of all that are made from then on; `peak` is the most alive at once.
+
+    What it does not see: what kernels take for themselves, the allocator's gaps, and the libraries' own memory.
+    """
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+        tree_map_only(torch.Tensor, self.add, tensors)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.seen:
+            self.seen.add(id(storage))
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, id(storage), storage.nbytes())
+
+    def remove(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        tree_map_only(torch.Tensor, self.add, result)
+        return result

@@ -1,0 +1,157 @@
+"""
+Our training step against a plain one, side by side in one process (A B A B), on a model of middle size.
+
+The plain step does what the published loop does: fp32, nothing frozen but the VAE, one checkpoint around the whole UNet
+in each step with gradient, the rewards' text features computed again, four towers whose graphs are held at once.
+
+$ python -m benchmarks.step
+"""
+
+import contextlib
+import copy
+import time
+
+import torch
+from diffusers import DDIMScheduler
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, middle_size
+from rewards import RewardSum
+from rewards.base import normalize, preprocess
+from textcraftor.errors import run_program
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts
+from textcraftor.options import make_parser, require
+from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+
+T, K, GUIDANCE = 25, 5, 7.5
+
+# fmt: off
+OPTIONS = (
+    ("--batch-size",       1,                        "images a step"),
+    ("--rounds",           2,                        "timed steps of each, after two that are not"),
+    ("--compile",          False,                    "also our step with compiled transformer blocks"),
+)
+# fmt: on
+
+
+def plain_step(networks, tokenizer, scheduler, prompts, noise):
+    """-> (total (B,)); gradients in all networks but the VAE, those of the UNet and the rewards never used."""
+    original, tuned, unet, vae, rewards = networks
+    with torch.no_grad():
+        early = torch.cat([encode_prompts(tokenizer, original, texts) for texts in ([""] * len(prompts), prompts)])
+    late = torch.cat([encode_prompts(tokenizer, tuned, texts) for texts in ([""] * len(prompts), prompts)])
+    z = noise
+    for index, t in enumerate(scheduler.timesteps):
+        has_gradient = index >= T - K
+        with torch.set_grad_enabled(has_gradient):
+            evaluate = unet if not has_gradient else lambda *inputs: checkpoint(unet, *inputs, use_reentrant=False)
+            epsilon = evaluate(torch.cat([z, z]), t, late if has_gradient else early).sample
+            unconditional, conditional = epsilon.chunk(2)
+            z = scheduler.step(unconditional + GUIDANCE * (conditional - unconditional), t, z).prev_sample
+    images = (vae.decode(z / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    total = 0
+    for reward in rewards:
+        features = normalize(reward.encode_image(preprocess(images, reward.image_size)))
+        if reward.name == "aesthetic":
+            score = reward.head(features).squeeze(-1)
+        else:
+            with torch.no_grad():
+                texts = normalize(reward.encode_text(reward.tokenize(prompts, reward.context_length)))
+            score = (features * texts).sum(dim=-1) * getattr(reward, "logit_scale", 1)
+        total = total + WEIGHTS[reward.name] * reward.scale * score
+    return total
+
+
+def our_step(networks, tokenizer, scheduler, prompts, noise, summed, unconditional, low_precision, recompute):
+    """-> (total (B,)) as train_textcraftor.py computes it."""
+    original, tuned, unet, vae, _ = networks
+    # What trains keeps fp32 weights under autocast, as accelerate does it.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if low_precision else contextlib.nullcontext():
+        early, late = embed_prompts(tokenizer, original, tuned, unconditional, prompts)
+    z = sample_latents(unet, scheduler, noise, early, late.float(), GUIDANCE, K, recompute)
+    return summed(decode(vae, z), prompts)[0]
+
+
+def main(argv=None):
+    args = make_parser(__doc__, OPTIONS).parse_args(argv)
+    require(args, {"batch_size rounds": 1})
+    prompts = [f"a lighthouse on a cliff at dawn, number {index}" for index in range(args.batch_size)]
+    noise = prompt_noise(0, range(args.batch_size), (4, 32, 32))
+    tokenizer = clip_tokenizer()
+    scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), T)
+
+    torch.manual_seed(0)
+    fp32 = build(middle_size(), "text_encoder", torch.float32)
+    plain = copy.deepcopy(fp32)
+    for network in (plain[1], plain[2], *plain[4]):
+        network.requires_grad_()
+    bf16 = copy.deepcopy(fp32)
+    for network in (bf16[0], bf16[2], bf16[3], *(reward.tower for reward in bf16[4])):
+        network.to(torch.bfloat16)
+
+    def ours(networks, recompute, low_precision=False):
+        networks[1].requires_grad_()
+        for network in networks[1:4]:
+            network.to(memory_format=torch.channels_last)
+        summed = RewardSum([(reward, WEIGHTS[reward.name]) for reward in networks[4]])
+        with torch.no_grad():
+            unconditional = encode_prompts(tokenizer, networks[0], [""])
+        more = (summed, unconditional, low_precision, recompute)
+        return networks, lambda: our_step(networks, tokenizer, scheduler, prompts, noise, *more)
+
+    contestants = {
+        "plain": (plain, lambda: plain_step(plain, tokenizer, scheduler, prompts, noise)),
+        "fp32, recomputed": ours(fp32, True),
+        "fp32": ours(fp32, False),
+        "bf16, recomputed": ours(bf16, True, True),
+        "bf16": ours(bf16, False, True),
+    }
+    if args.compile:
+        compiled = copy.deepcopy(bf16)
+        torch._dynamo.config.recompile_limit = 64
+        compiled[2].compile_repeated_blocks()
+        contestants["bf16, compiled"] = ours(compiled, False, True)
+    optimizers = {}
+    for name, (networks, _) in contestants.items():
+        optimizers[name] = torch.optim.AdamW(networks[1].parameters(), lr=LEARNING_RATE)
+
+    def run(name):
+        """A step without the update: all contestants keep the same weights. Gradients are left for who looks."""
+        optimizers[name].zero_grad()
+        (-contestants[name][1]().mean()).backward()
+
+    gradients, seconds, flops, peaks = {}, {name: [] for name in contestants}, {}, {}
+    for name, (networks, _) in contestants.items():
+        run(name)  # the first one also makes the rewards' text features, and the gradients that the plain step keeps
+        states = [network.state_dict(keep_vars=True) for network in (*networks[:4], *networks[4])]
+        held = [parameter.grad for state in states for parameter in state.values() if parameter.grad is not None]
+        with FlopCounterMode(display=False) as counter, LiveBytes([states, held]) as memory:
+            run(name)
+        flops[name], peaks[name] = counter.get_total_flops(), memory.peak
+        gradients[name] = torch.cat([parameter.grad.flatten() for parameter in networks[1].parameters()])
+        if name != "plain":
+            for parameter in networks[1].parameters():
+                parameter.grad = None
+    for _ in range(args.rounds):
+        for name in contestants:
+            began = time.perf_counter()
+            run(name)
+            seconds[name].append(time.perf_counter() - began)
+
+    columns = ("", "seconds", "ratio", "TFLOP", "ratio", "peak GiB", "ratio", "difference", "cosine")
+    print(f"{columns[0]:<18}" + "".join(f"{column:>12}" for column in columns[1:]))
+    reference = gradients["plain"]
+    for name, gradient in gradients.items():
+        least = {key: min(values) for key, values in seconds.items()}
+        difference = ((gradient - reference).norm() / reference.norm()).item()
+        cosine = torch.cosine_similarity(gradient.double(), reference.double(), dim=0).item()
+        print(
+            f"{name:<18}{least[name]:>12.2f}{least[name] / least['plain']:>12.3f}{flops[name] / 1e12:>12.3f}"
+            f"{flops[name] / flops['plain']:>12.3f}{peaks[name] / 2**30:>12.2f}{peaks[name] / peaks['plain']:>12.3f}"
+            f"{difference:>12.1e}{cosine:>12.5f}"
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)
