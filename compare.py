@@ -97,7 +97,7 @@ def say_page(page, lost, image_size):
     if lost:
         print(f"{len(lost)} images could not be read and are missing from the page")
     megabytes = page.stat().st_size / 1e6
-    print(f"{page}, {megabytes:.1f} MB" + (f"; a smaller --image_size than {image_size}: less" * (megabytes > 100)))
+    print(f"{page}, {megabytes:.1f} MB" + (f"; an --image_size below {image_size} makes it smaller" * (megabytes > 100)))
 
 
 def write_blind(args, runs):
@@ -136,7 +136,7 @@ def report_votes(args, runs):
             if count:
                 agreements[name] = {"agreement": rate, "low": low, "high": high, "prompts": count}
     args.output_path.mkdir(parents=True, exist_ok=True)
-    result = about | {"files": len(voted), "results": records, "agreement": agreements}
+    result = about | {"raters": len(voted), "results": records, "agreement": agreements}
     write_whole(args.output_path / "preference.json", json.dumps(result, indent=1) + "\n")
     print(votes.preference_table(about, voted, records, agreements))
     print(args.output_path / "preference.json")

@@ -1,8 +1,8 @@
 """Human preference between two runs: the page for votes, blind.html, and what its votes say.
 
 A page shows two pictures of one prompt, left and right by chance, and exports votes.json: {"comparison": what
-runs.comparison_hash says, "benchmark", "runs": [names of A and B], "votes": [{"index", "prompt", "category",
-"challenge" (PartiPrompts only), "left": "A" or "B", "preferred": "A", "B" or "tie"}]}.
+runs.comparison_hash says, "benchmark", "runs": [names of A and B], "rater": drawn by the page, "votes": [{"index",
+"prompt", "category", "challenge" (PartiPrompts only), "left": "A" or "B", "preferred": "A", "B" or "tie"}]}.
 """
 
 import base64
@@ -68,11 +68,11 @@ def read_votes(paths):
                 f"{path}: votes on {' against '.join(file['runs'])} ({file['comparison']}), those of {paths[0]} are on "
                 f"{' against '.join(about['runs'])} ({about['comparison']}); report them apart"
             )
-    votes = [file["votes"] for file in files]
-    for i, later in enumerate(votes):
-        if later in votes[:i]:
-            raise UserError(f"{paths[i]}: the same votes as {paths[votes.index(later)]}; name each file once")
-    return about, votes
+    raters = [file["rater"] for file in files]
+    for i, rater in enumerate(raters):
+        if rater in raters[:i]:
+            raise UserError(f"{paths[i]} and {paths[raters.index(rater)]}: of one rater; name the latest of them alone")
+    return about, [file["votes"] for file in files]
 
 
 def _read_file(path):
@@ -90,7 +90,7 @@ def _read_file(path):
 
 
 def _is_votes(file):
-    kinds = {"comparison": str, "benchmark": str, "runs": list, "votes": list}
+    kinds = {"comparison": str, "benchmark": str, "runs": list, "rater": str, "votes": list}
     if not isinstance(file, dict) or any(not isinstance(file.get(name), kind) for name, kind in kinds.items()):
         return False
     kinds = {"index": int, "prompt": str, "category": str, "left": str, "preferred": str}
@@ -153,7 +153,7 @@ def preference_table(about, votes, records, agreements):
     first, other = about["runs"]
     sides = [vote["preferred"] == vote["left"] for file in votes for vote in file if vote["preferred"] != "tie"]
     count = records[0]["votes"]
-    lines = [f"{about['benchmark']}: {count} votes in {len(votes)} files", f"A  {first}", f"B  {other}", ""]
+    lines = [f"{about['benchmark']}: {count} votes of {len(votes)} raters", f"A  {first}", f"B  {other}", ""]
     lines.append(f"{'':<26}" + "".join(f"{name:>9}" for name in ("prompts", "A better", "B better", "tie")))
     lines[-1] += f"{'B preferred, % [95 % interval]':>34}"
     for record in records:
