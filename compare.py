@@ -97,7 +97,8 @@ def say_page(page, lost, image_size):
     if lost:
         print(f"{len(lost)} images could not be read and are missing from the page")
     megabytes = page.stat().st_size / 1e6
-    print(f"{page}, {megabytes:.1f} MB" + (f"; an --image_size below {image_size} makes it smaller" * (megabytes > 100)))
+    advice = f"; an --image_size below {image_size} makes it smaller" if megabytes > 100 else ""
+    print(f"{page}, {megabytes:.1f} MB{advice}")
 
 
 def write_blind(args, runs):

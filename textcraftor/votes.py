@@ -1,8 +1,8 @@
 """Human preference between two runs: the page for votes, blind.html, and what its votes say.
 
-A page shows two pictures of one prompt, left and right by chance, and exports votes.json: {"comparison": what
+A page shows two pictures of one prompt, either first by chance, and exports votes.json: {"comparison": what
 runs.comparison_hash says, "benchmark", "runs": [names of A and B], "rater": drawn by the page, "votes": [{"index",
-"prompt", "category", "challenge" (PartiPrompts only), "left": "A" or "B", "preferred": "A", "B" or "tie"}]}.
+"prompt", "category", "challenge" (PartiPrompts only), "first": "A" or "B", "preferred": "A", "B" or "tie"}]}.
 """
 
 import base64
@@ -31,9 +31,9 @@ def write_blind(path, runs, keys, seed, limit, image_size):
     for key in keys:
         row = runs[0].rows[key]
         about = {name: row[name] for name in ("index", "prompt", "category", "challenge") if name in row}
-        left = int(np.random.default_rng([seed, row["index"]]).integers(2))
-        pairs.append(about | {"left": runs[left].label})
-        paths.append([runs[left].image(key), runs[1 - left].image(key)])
+        first = int(np.random.default_rng([seed, row["index"]]).integers(2))
+        pairs.append(about | {"first": runs[first].label})
+        paths.append([runs[first].image(key), runs[1 - first].image(key)])
     comparison = comparison_hash(runs)
     names = [run.name for run in runs]
     told = {"comparison": comparison, "benchmark": runs[0].settings["benchmark"], "runs": names, "pairs": pairs}
@@ -93,11 +93,11 @@ def _is_votes(file):
     kinds = {"comparison": str, "benchmark": str, "runs": list, "rater": str, "votes": list}
     if not isinstance(file, dict) or any(not isinstance(file.get(name), kind) for name, kind in kinds.items()):
         return False
-    kinds = {"index": int, "prompt": str, "category": str, "left": str, "preferred": str}
+    kinds = {"index": int, "prompt": str, "category": str, "first": str, "preferred": str}
     return [type(name) for name in file["runs"]] == [str, str] and all(
         isinstance(vote, dict)
         and all(isinstance(vote.get(name), kind) for name, kind in kinds.items())
-        and vote["left"] in ("A", "B")
+        and vote["first"] in ("A", "B")
         and vote["preferred"] in SHARE_OF_B
         for vote in file["votes"]
     )
@@ -151,17 +151,18 @@ def agreement(share, gain):
 def preference_table(about, votes, records, agreements):
     """What was voted, as text; agreements: {score: {"agreement", "low", "high", "prompts"}} or empty."""
     first, other = about["runs"]
-    sides = [vote["preferred"] == vote["left"] for file in votes for vote in file if vote["preferred"] != "tie"]
+    firsts = [vote["preferred"] == vote["first"] for file in votes for vote in file if vote["preferred"] != "tie"]
     count = records[0]["votes"]
-    lines = [f"{about['benchmark']}: {count} votes of {len(votes)} raters", f"A  {first}", f"B  {other}", ""]
+    raters = f"{len(votes)} rater{'s' * (len(votes) > 1)}"
+    lines = [f"{about['benchmark']}: {count} votes of {raters}", f"A  {first}", f"B  {other}", ""]
     lines.append(f"{'':<26}" + "".join(f"{name:>9}" for name in ("prompts", "A better", "B better", "tie")))
     lines[-1] += f"{'B preferred, % [95 % interval]':>34}"
     for record in records:
         counts = "".join(f"{record[name]:>9}" for name in ("prompts", "A", "B", "tie"))
         lines.append(f"{record['group']:<26}{counts}{_rate(record, 'preference'):>34}")
     lines.append("ties count half, each prompt once; Wilson's interval over prompts")
-    if sides:
-        lines.append(f"the left picture was preferred in {100 * np.mean(sides):.0f} % of the votes that are no tie")
+    if firsts:
+        lines.append(f"the left (upper) picture won {100 * np.mean(firsts):.0f} % of the votes that are no tie")
     for name, found in agreements.items():
         told = _rate(found, "agreement")
         lines.append(f"{name} agrees with the votes on {told} % of the {found['prompts']} prompts with a preference")
