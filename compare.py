@@ -63,7 +63,7 @@ def write_comparison(args, runs):
     import numpy as np
 
     from textcraftor.comparison import compare_groups
-    from textcraftor.comparison_report import comparison_tables, write_report
+    from textcraftor.comparison_report import METHOD, comparison_tables, write_report
     from textcraftor.pictures import difference_plot
     from textcraftor.report import write_whole
     from textcraftor.runs import notes, pair, settings_table
@@ -77,7 +77,7 @@ def write_comparison(args, runs):
     about = {
         "benchmark": runs[0].settings["benchmark"],
         "runs": [{"label": run.label, "name": run.name, "folder": str(run.folder)} for run in runs],
-        "prompts": len(keys), "notes": remarks, "seed": args.seed, "settings": settings_table(runs),
+        "prompts": len(keys), "notes": remarks, "method": METHOD, "seed": args.seed, "settings": settings_table(runs),
     }  # fmt: skip
     args.output_path.mkdir(parents=True, exist_ok=True)
     write_whole(args.output_path / "comparison.json", json.dumps(about | {"results": records}, indent=1) + "\n")

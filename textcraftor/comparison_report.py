@@ -59,8 +59,8 @@ def comparison_tables(about, records):
         mine = [record for record in records if record["run"] == number]
         label = runs[number]["label"]
         for title, cell in (
-            (f"{label} − A, mean difference and 95 % interval", _difference_cell),
-            (f"{label} against A, win rate in % and 95 % interval, ties counted half", _rate_cell),
+            (f"{label} − A, mean difference and 95 % bootstrap interval", _difference_cell),
+            (f"{label} against A, win rate in % and 95 % Wilson interval, ties counted half", _rate_cell),
         ):
             lines += ["", title, "".join([f"{'':<26}{'prompts':>8}", *(f"{name:>28}" for name in places)])]
             rows = {}

@@ -52,7 +52,7 @@ def image_blocks(paths, size, problems):
         try:
             return path, data_uri(path, size), ""
         except Exception as problem:  # every format's decoder raises its own kinds
-            return path, "", first_line(problem)
+            return path, "", getattr(problem, "strerror", None) or first_line(problem)
 
     flat = [path for row in paths for path in row]
     per_block = BLOCK * len(paths[0])

@@ -152,7 +152,7 @@ def difference_plot(records, runs, kind="png"):
             axis.spines[["top", "right", "left"]].set_visible(False)
         counts = {(record["by"], record["group"]): record["prompts"] for record in records}
         axes[0][0].set_yticks(list(places.values()), [f"{group} ({counts[by, group]})" for by, group in groups])
-        axes[0][0].invert_yaxis()
+        axes[0][0].set_ylim(max(places.values()) + 0.7, -0.7)
         other = runs[1] if len(runs) == 2 else "each run"
         figure.supxlabel(f"{other} − {runs[0]}\nmean difference, 95 % interval", fontsize=10)
         if len(runs) > 2:
