@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     require(args, {"image_size": 16, "limit seed": 0})
     if len(args.runs) < 2 and not (args.votes and not args.runs):
-        raise UserError(f"{len(args.runs)} runs named: expected two or more output folders of a benchmark")
+        raise UserError(f"expected two or more output folders of a benchmark, found {len(args.runs)}")
     if (args.blind or args.votes) and len(args.runs) > 2:
         raise UserError(f"{len(args.runs)} runs named: a vote is between two")
     if args.blind and args.votes:

@@ -206,7 +206,7 @@ def test_what_is_no_run_is_said_in_one_line(runs):
     make_run("other_scores", scores=("pickscore",))
     Path("file").write_text("")
     for arguments, message in (
-        ([runs[0]], "1 runs named"), ([runs[0], "none"], "none: no summary.json"),
+        ([runs[0]], "two or more output folders of a benchmark, found 1"), ([runs[0], "none"], "none: no summary.json"),
         ([runs[0], "empty"], "no summary.json in it; expected the output folder of a finished"),
         ([runs[0], "broken"], "broken: cannot be read"), ([runs[0], "infinite"], "line 3: clip is nan"),
         ([runs[0], runs[0]], "named twice"), (["alone", "partner"], "no prompt that all of them"),
