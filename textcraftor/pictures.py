@@ -1,5 +1,6 @@
-"""Pictures of a run: captioned sample grids, before and after, and the reward curves, as PNG files."""
+"""Pictures of runs: captioned sample grids, before and after, reward curves, and differences between runs."""
 
+import io
 import math
 import os
 import textwrap
@@ -118,3 +119,46 @@ def reward_curves(rows, trained, monitors, path):
     figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
     os.replace(unfinished, path)
+
+
+def difference_plot(records, runs, kind="png"):
+    """Mean differences to the first of `runs` (names) with their intervals: a panel a score, a line a group of prompts.
+
+    records: of comparison.compare_groups. Returns the bytes of a PNG or SVG file.
+    """
+    scores = list(dict.fromkeys(record["score"] for record in records))
+    groups = list(dict.fromkeys((record["by"], record["group"]) for record in records))
+    kinds = list(dict.fromkeys(by for by, _ in groups))
+    places = {group: i + 0.7 * kinds.index(group[0]) for i, group in enumerate(groups)}  # a gap between kinds
+    size = (2.2 + 2.9 * len(scores), 1.5 + 0.3 * max(places.values()) + 0.3 * (len(runs) > 2))
+    names = {"text.parse_math": False, "svg.hashsalt": ""}  # a name may hold dollar signs; the same file every time
+    with plt.rc_context(names):
+        figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)
+        for axis, score in zip(axes[0], scores, strict=True):
+            for run in range(1, len(runs)):
+                mine = [record for record in records if record["score"] == score and record["run"] == run]
+                shift = 0.6 * ((run - 0.5) / (len(runs) - 1) - 0.5)
+                y = [places[record["by"], record["group"]] + shift for record in mine]
+                known = [(place, record) for place, record in zip(y, mine, strict=True) if record["low"] is not None]
+                for place, record in known:
+                    axis.plot([record["low"], record["high"]], [place, place], color=f"C{run - 1}", linewidth=1.6)
+                axis.plot([record["difference"] for record in mine], y, "o", color=f"C{run - 1}", markersize=4.5)
+            axis.axvline(0, color="0.35", linewidth=0.9)
+            axis.set_title(score, fontsize=11)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.grid(axis="x", alpha=0.25)
+            axis.tick_params(axis="y", length=0)
+            axis.spines[["top", "right", "left"]].set_visible(False)
+        counts = {(record["by"], record["group"]): record["prompts"] for record in records}
+        axes[0][0].set_yticks(list(places.values()), [f"{group} ({counts[by, group]})" for by, group in groups])
+        axes[0][0].set_ylim(max(places.values()) + 0.7, -0.7)
+        other = runs[1] if len(runs) == 2 else "each run"
+        figure.supxlabel(f"{other} − {runs[0]}\nmean difference, 95 % interval", fontsize=10)
+        if len(runs) > 2:
+            handles = [plt.Line2D([], [], color=f"C{run - 1}", marker="o") for run in range(1, len(runs))]
+            figure.legend(handles, runs[1:], loc="outside upper center", ncols=len(handles), fontsize=9)
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    plt.close(figure)
+    return file.getvalue()
