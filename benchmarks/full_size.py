@@ -1,35 +1,34 @@
 """
 What a training step of SD v1.5 with the four real reward models costs, at their full sizes, with random weights.
 
-Counted, not run: FLOPs and peak memory of every part, on any machine, in a minute:
-$ python -m benchmarks.full_size --count
-
 Run, on the device there is (a GPU, or a CPU with 24 GB and some patience): seconds and FLOPs by part, peak memory:
-$ python -m benchmarks.full_size --steps 3 --batch-size 4
+$ python -m benchmarks.full_size --batch-size 4 --steps 3
+
+Counted, not run: FLOPs and peak memory, on any machine, in minutes:
+$ python -m benchmarks.full_size --count
+$ python -m benchmarks.full_size --count --train unet --batch-size 2 --vae_checkpointing
 """
 
 import contextlib
 import copy
-import weakref
+import resource
+import time
+from collections import Counter
 
-import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from aesthetic import Aesthetic
-from pickscore import PickScore
-from rewards.towers import OpenClipReward
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts
+from benchmarks.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size
+from rewards.base import normalize
+from textcraftor.errors import UserError, run_program
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
+from textcraftor.options import make_parser, require
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
+GUIDANCE = 7.5
 PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly detailed"
-WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}
-HEAD = (768, 1024, 128, 64, 16, 1)
 
 # fmt: off
 OPTIONS = (
@@ -39,163 +38,153 @@ OPTIONS = (
     ("--grad_steps",       5,                        "K, those with gradient"),
     ("--mixed_precision",  ("bf16", "fp16", "no"),   "as in training"),
     ("--gradient_checkpointing", ("full", "none"),   "as in training"),
+    ("--vae_checkpointing", False,                   "as in training"),
     ("--compile",          False,                    "as in training"),
-    ("--steps",            1,                        "steps to run; the last is reported"),
-    ("--count",            False,                    "run nothing: count FLOPs and bytes on tensors without contents"),
-    ("--table",            False,                    "count for all batch sizes of README's table"),
+    ("--steps",            1,                        "steps to run, each of which is reported"),
+    ("--count",            False,                    "run nothing: count, on tensors without contents"),
 )
 # fmt: on
 
 
-def build(trained, dtype):
-    """All networks at full size with random weights, on torch's default device, frozen ones in `dtype`.
+def main(argv=None):
+    args = make_parser(__doc__, OPTIONS).parse_args(argv)
+    require(args, {"batch_size step grad_steps steps": 1})
+    if args.grad_steps > args.step:
+        raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: grad_steps <= step")
+    quiet_libraries()
+    scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), args.step)
+    flops, peak = count(args, scheduler)
+    if args.count:
+        return report(args, flops, peak)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    with torch.device(device):
+        networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
+    for network in networks[1:4]:
+        network.to(memory_format=torch.channels_last)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64
+        networks[2].compile_repeated_blocks()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    optimizer = make_optimizer(args, networks)
+    print(f"built on {device} in {time.perf_counter() - began:.0f} s")
+    for _ in range(args.steps):
+        seconds = Counter()
 
-    trained: "text_encoder" or "unet", in fp32. Returns (original encoder, tuned encoder, unet, vae, rewards).
-    """
+        @contextlib.contextmanager
+        def part(name, seconds=seconds):
+            began = time.perf_counter()
+            yield
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] += time.perf_counter() - began
+            print(f"{name}: {seconds[name]:.1f} s", flush=True)
 
-    def make(kind, *arguments, dtype=dtype, **options):
-        torch.set_default_dtype(dtype)
-        network = kind(*arguments, **options)
-        torch.set_default_dtype(torch.float32)
-        return network.eval().requires_grad_(False)
-
-    types = {trained: torch.float32}
-    text = CLIPTextConfig.from_pretrained(SD_V1_CONFIGS / "text_encoder")
-    original = make(CLIPTextModel, text)
-    tuned = make(CLIPTextModel, text, dtype=types.get("text_encoder", dtype))
-    config = UNet2DConditionModel.load_config(SD_V1_CONFIGS, subfolder="unet")
-    unet = make(UNet2DConditionModel.from_config, config, dtype=types.get("unet", dtype))
-    vae = make(AutoencoderKL.from_config, AutoencoderKL.load_config(SD_V1_CONFIGS, subfolder="vae"))
-
-    def tower(name):
-        return make(open_clip.CLIP, **open_clip.get_model_config(name))
-
-    tokenizer = open_clip.get_tokenizer("ViT-H-14")
-    head = torch.nn.Sequential(*(torch.nn.Linear(width, after) for width, after in zip(HEAD, HEAD[1:], strict=False)))
-    huge = {"projection_dim": 1024, "hidden_act": "gelu"}
-    huge |= {"text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24} | huge}
-    huge |= {"vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32} | huge}
-    huge["text_config"] |= {"num_attention_heads": 16}
-    huge["vision_config"] |= {"num_attention_heads": 16, "patch_size": 14}
-    rewards = [
-        OpenClipReward("clip", 100.0, tower("ViT-g-14"), tokenizer),
-        Aesthetic(tower("ViT-L-14-quickgelu").visual, head.requires_grad_(False)),
-        PickScore(make(CLIPModel, CLIPConfig(**huge)), clip_tokenizer()),
-        OpenClipReward("hpsv2", 100.0, tower("ViT-H-14"), tokenizer),
-    ]
-    return original, tuned, unet, vae, rewards
-
-
-def step(part, networks, scheduler, optimizer, args, device):
-    """One training step, each part within part(name), which may time or count it.
-
-    The gradient is carried by hand from part to part, as autograd would: every boundary is a leaf of its own.
-    """
-    original, tuned, unet, vae, rewards = networks
-    tokenizer, recompute = clip_tokenizer(), args.gradient_checkpointing == "full"
-    first, last = copy.copy(scheduler), copy.copy(scheduler)
-    times = scheduler.timesteps.tolist()
-    first.timesteps, last.timesteps = times[: -args.grad_steps], times[-args.grad_steps :]
-    prompts = [f"{PROMPT}, {index}" for index in range(args.batch_size)]
-    noise = prompt_noise(0, range(args.batch_size), (4, 64, 64)).to(device)
-    autocast = torch.autocast(device, DTYPES[args.mixed_precision], args.mixed_precision != "no", cache_enabled=False)
-    trained = networks[1] if args.train == "text_encoder" else unet
-
-    with part("prompt embeddings"):
-        with torch.no_grad():
-            unconditional = encode_prompts(tokenizer, original, [""])
-        with autocast if trained is tuned else contextlib.nullcontext():
-            early, late = embed_prompts(tokenizer, original, tuned, unconditional, prompts)
-    late_leaf = late.detach().requires_grad_(late.requires_grad)
-    with part("first steps, no gradient"), autocast if trained is unet else contextlib.nullcontext():
-        z = sample_latents(unet, first, noise, early, early, 7.5, 0)
-    with part("last steps, forward"), autocast if trained is unet else contextlib.nullcontext():
-        z = sample_latents(unet, last, z, early, late_leaf, 7.5, args.grad_steps, recompute)
-    z_leaf = z.detach().requires_grad_()
-    with part("VAE, forward"):
-        images = decode(vae, z_leaf, recompute)
-    images_leaf = images.detach().requires_grad_()
-    for reward in rewards:
-        if reward.name != "aesthetic":
-            with part("rewards, texts"), torch.no_grad():
-                tokens = reward.tokenize(prompts, reward.context_length).to(device)
-                texts = torch.nn.functional.normalize(reward.encode_text(tokens).float(), dim=-1)
-        with part(f"{reward.name}, forward and backward"):
-            features = reward.image_features(images_leaf)
-            scores = reward.score(features, prompts) if reward.name == "aesthetic" else (features * texts).sum(dim=-1)
-            (-WEIGHTS[reward.name] * reward.scale * scores.mean()).backward()
-    with part("VAE, backward"):
-        images.backward(images_leaf.grad)
-    with part("last steps, backward"):
-        z.backward(z_leaf.grad)
-    with part("prompt embeddings, backward"):
-        if late.requires_grad:
-            late.backward(late_leaf.grad)
-    with part("optimizer"):
-        optimizer.step()
-        optimizer.zero_grad()
-    return scores
+        step(args, part, networks, scheduler, optimizer, device)
+        report(args, flops, peak, seconds)
+    if device == "cuda":
+        print(f"peak memory of the GPU's tensors: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    else:
+        print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+def report(args, flops, peak, seconds=None):
+    """A table on the screen: FLOPs of every part, and seconds and FLOPs a second if it ran."""
+    print(f"{'part':<32}{'TFLOP':>10}" + f"{'seconds':>12}{'TFLOP/s':>12}" * (seconds is not None))
+    rows = {**flops, "all": sum(flops.values())}
+    seconds = seconds and {**seconds, "all": sum(seconds.values())}
+    for name, number in rows.items():
+        line = f"{name:<32}{number / 1e12:>10.3f}"
+        print(line + (f"{seconds[name]:>12.2f}{number / 1e12 / seconds[name]:>12.3f}" if seconds else ""))
+    print(
+        f"{args.batch_size} images, {args.train} in training, {args.mixed_precision}, --gradient_checkpointing "
+        f"{args.gradient_checkpointing}{' --vae_checkpointing' * args.vae_checkpointing}: "
+        f"at most {peak / 2**30:.1f} GiB of tensors alive"
+    )
 
 
-def count(args):
-    """FLOPs {part: number}, FLOPs in all, peak bytes {what: number} of the second step, on tensors without contents.
-
-    The second, since it holds the optimizer's state from the start.
-    """
-    flops = {}
+def count(args, scheduler):
+    """FLOPs of each part {name: number} and the most bytes alive in a step, of the second one: the optimizer's state
+    is there from its start. Runs on fake tensors, which have shapes and no contents."""
+    flops = Counter()
 
     @contextlib.contextmanager
     def part(name):
         with FlopCounterMode(display=False) as counter:
             yield
-        flops[name] = flops.get(name, 0) + counter.get_total_flops()
+        flops[name] += counter.get_total_flops()
 
-    scheduler = new_scheduler(args)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks = build(args.train, DTYPES[args.mixed_precision])
-        optimizer = make_optimizer(networks, args)
-        step(part, networks, scheduler, optimizer, args, "cpu")
+        networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
+        optimizer = make_optimizer(args, networks)
+        step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
         states = [network.state_dict() for network in (*networks[:4], *networks[4])]
-        with LiveBytes([*states, optimizer.state_dict()]) as memory:
-            step(lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, args, "cpu")
+        with LiveBytes([states, optimizer.state_dict()]) as memory:
+            step(args, part, networks, scheduler, optimizer, "cpu")
     return flops, memory.peak
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of `tensors` and of all that are made from then on; `peak` is the most alive at once."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = set()
-        tree_map_only(torch.Tensor, self.add, tensors)
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        if id(storage) not in self.seen:
-            self.seen.add(id(storage))
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.remove, id(storage), storage.nbytes())
-
-    def remove(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        tree_map_only(torch.Tensor, self.add, result)
-        return result
-
-
-def make_optimizer(networks, args):
-    """AdamW of what trains, which gets gradients from here on."""
+def make_optimizer(args, networks):
+    """AdamW of what trains, which has gradients from here on."""
     trained = networks[1] if args.train == "text_encoder" else networks[2]
-    return torch.optim.AdamW(trained.requires_grad_().parameters(), lr=1e-6)
+    return torch.optim.AdamW(trained.requires_grad_().parameters(), lr=LEARNING_RATE)
 
 
-def new_scheduler(args):
-    return make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), args.step)
+def step(args, part, networks, scheduler, optimizer, device):
+    """One training step as train_textcraftor.py makes it, each part within part(name), which may time or count it.
+
+    The gradient is carried by hand from part to part, as autograd would: every boundary is a leaf of its own.
+    """
+    original, tuned, unet, vae, rewards = networks
+    tokenizer = clip_tokenizer()
+    first, last = copy.copy(scheduler), copy.copy(scheduler)
+    times = scheduler.timesteps.tolist()
+    first.timesteps, last.timesteps = times[: -args.grad_steps], times[-args.grad_steps :]
+    prompts = [f"{PROMPT}, number {index}" for index in range(args.batch_size)]
+    noise = prompt_noise(0, range(args.batch_size), (4, 64, 64)).to(device)
+
+    def autocast(network):
+        """What trains keeps fp32 weights under autocast, as accelerate does it."""
+        dtype, enabled = DTYPES[args.mixed_precision], network.dtype != DTYPES[args.mixed_precision]
+        return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
+
+    with part("prompt embeddings"):
+        with torch.no_grad():
+            unconditional = encode_prompts(tokenizer, original, [""])
+        with autocast(tuned):
+            early, late = embed_prompts(tokenizer, original, tuned, unconditional, prompts)
+    late_leaf = late.detach().requires_grad_(late.requires_grad)
+    with part("first steps, no gradient"), autocast(unet):
+        z = sample_latents(unet, first, noise, early, early, GUIDANCE, 0)
+    with part("last steps"), autocast(unet):
+        recompute = args.gradient_checkpointing == "full"
+        z = sample_latents(unet, last, z, early, late_leaf, GUIDANCE, args.grad_steps, recompute)
+    z_leaf = z.detach().requires_grad_()
+    with part("VAE"):
+        images = decode(vae, z_leaf, args.vae_checkpointing)
+    images_leaf = images.detach().requires_grad_()
+    for reward in rewards:
+        # What RewardSum does, less its checks: they read values, which fake tensors do not have.
+        if reward.name != "aesthetic":
+            with part("rewards' texts"), torch.no_grad():
+                texts = normalize(reward.encode_text(reward.tokenize(prompts, reward.context_length).to(device)))
+        with part(f"{reward.name} and its backward"):
+            features = reward.image_features(images_leaf)
+            score = reward.score(features, prompts) if reward.name == "aesthetic" else (features * texts).sum(dim=-1)
+            (-WEIGHTS[reward.name] * reward.scale * score.mean()).backward()
+    with part("VAE's backward"):
+        images.backward(images_leaf.grad)
+    del images, images_leaf
+    with part("last steps' backward"):
+        z.backward(z_leaf.grad)
+    with part("prompt embeddings' backward"):
+        if late.requires_grad:
+            late.backward(late_leaf.grad)
+    with part("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -20,7 +20,7 @@ from benchmarks.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, middle
 from rewards import RewardSum
 from rewards.base import normalize, preprocess
 from textcraftor.errors import run_program
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
 from textcraftor.options import make_parser, require
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
@@ -78,6 +78,7 @@ def main(argv=None):
     require(args, {"batch_size rounds": 1})
     prompts = [f"a lighthouse on a cliff at dawn, number {index}" for index in range(args.batch_size)]
     noise = prompt_noise(0, range(args.batch_size), (4, 32, 32))
+    quiet_libraries()
     tokenizer = clip_tokenizer()
     scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), T)
 
