@@ -141,7 +141,7 @@ def parse_arguments(benchmark, description, argv):
         folder = REPOSITORY / "miniature"
         guidance = json.loads((folder / "defaults.json").read_text())["guidance"]
         prompts = str(folder / "benchmarks" / benchmark.prompts)
-        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance)
+        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance, batch_size=16)
         args = parser.parse_args(argv)
         args.model, args.fetch, extender = str(folder / "stable-diffusion"), False, str(folder / "extender")
     args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
