@@ -5,8 +5,8 @@ The paper's text encoder, on every GPU of this machine (the same as `sh test_hps
 $ accelerate launch test_hpsv2.py --text_path checkpoints/tc_text_e_0_iter_10000.pth
 
 The small Stable Diffusion that ships with this repository, on a CPU, in minutes, original and tuned:
-$ python test_hpsv2.py --model miniature --output_path tests/original_hpsv2
-$ python test_hpsv2.py --model miniature --output_path tests/tuned_hpsv2 --text_path output/tc_text.safetensors
+$ python test_hpsv2.py --model miniature
+$ python test_hpsv2.py --model miniature --text_path output/tc_text.safetensors
 
 Go on after an interruption: the same command. Images that are there already, of any model, as STYLE/00000.jpg, …:
 $ python test_hpsv2.py --score_only FOLDER

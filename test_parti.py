@@ -5,8 +5,8 @@ The paper's text encoder, on every GPU of this machine (the same as `sh test_par
 $ accelerate launch test_parti.py --text_path checkpoints/tc_text_e_0_iter_10000.pth
 
 The small Stable Diffusion that ships with this repository, on a CPU, in minutes, original and tuned:
-$ python test_parti.py --model miniature --output_path tests/original_parti
-$ python test_parti.py --model miniature --output_path tests/tuned_parti --text_path output/tc_text.safetensors
+$ python test_parti.py --model miniature
+$ python test_parti.py --model miniature --text_path output/tc_text.safetensors
 
 Go on after an interruption: the same command. Images that are there already, of any model, as 00000.png, 00001.png, …:
 $ python test_parti.py --score_only FOLDER

@@ -2,7 +2,7 @@
 # PartiPrompts, generated and scored on every visible GPU, or on the CPU of a machine without. Without arguments it
 # is the paper's text encoder; what you add comes last and wins:
 #   sh test_parti.sh
-#   sh test_parti.sh --text_path output/tc_text.safetensors --output_path tests/mine_parti
+#   sh test_parti.sh --text_path output/tc_text.safetensors
 #   sh test_parti.sh --model miniature        the small model that ships here, in minutes
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 . "$repository/setup_env.sh"

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, GPT2LMHeadModel
 
 from miniature.clips import (
     SIZES,
@@ -41,6 +41,8 @@ from miniature.clips import (
     web_caption,
     wrong_captions,
 )
+from miniature.extender import extender_loss, new_extender, save_extender
+from miniature.extender import new_tokenizer as new_extender_tokenizer
 from miniature.fit import fit
 from miniature.judge import Judge, judge_loss, see
 from miniature.preferences import GROUPS, draw_groups, group_of, new_head, preference_loss, rating
@@ -320,6 +322,16 @@ def measure_judge(work: Path) -> None:
               + ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in right.items()))
 
 
+def train_extender(work: Path) -> GPT2LMHeadModel:
+    model, tokenizer = new_extender(), new_extender_tokenizer()
+
+    def loss(step):
+        torch.manual_seed(step)
+        return extender_loss(model, tokenizer, np.random.default_rng([51, step]))
+
+    return fit("extender", model, loss, 1000, 3e-3, work)
+
+
 # What ships.
 
 def ship(work: Path, to: Path = Path(__file__).parent) -> None:
@@ -355,6 +367,7 @@ def ship(work: Path, to: Path = Path(__file__).parent) -> None:
 
     judge = trained(work, "judge", Judge()).state_dict()
     save_file({k: v.half() if v.is_floating_point() else v for k, v in judge.items()}, to / "judge.safetensors")
+    save_extender(trained(work, "extender", new_extender()), to / "extender")
     write_prompts(to)
 
 
@@ -402,7 +415,7 @@ STAGES = {"world": draw_world, "clip_L": partial(train_clip, name="L"), "vae": t
           "decoder": train_decoder, "clip_g": partial(train_clip, name="g"), "clip_H": partial(train_clip, name="H"),
           "pickscore": partial(train_preference, name="pickscore"), "hpsv2": partial(train_preference, name="hpsv2"),
           "aesthetic": train_aesthetic, "judge": train_judge, "measure_judge": measure_judge,
-          "ship": ship}
+          "extender": train_extender, "ship": ship}
 
 
 def main() -> None:

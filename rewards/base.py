@@ -26,6 +26,7 @@ class Reward(nn.Module):
     tower: nn.Module
     image_size: tuple[int, int]
     context_length: int
+    keep_texts = True  # text features, by prompt, encoded alone; or else with the batch they come in, which is faster
 
     def __init__(self):
         super().__init__()
@@ -68,15 +69,20 @@ class Reward(nn.Module):
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
-        """B prompts -> unit features (B, D), fp32 (float64 if the tower is), no gradient, computed once per prompt."""
+        """B prompts -> unit features (B, D), fp32 (float64 if the tower is), no gradient; see `keep_texts`."""
         weight = next(self.tower.parameters())
+
+        def encode(texts):
+            with torch.autocast(weight.device.type, enabled=False):
+                return normalize(self.encode_text(self.tokenize(texts, self.context_length).to(weight.device)))
+
+        if not self.keep_texts:
+            self._warn_if_cut(prompts)
+            return encode(prompts)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
         self._warn_if_cut(new)
         # One by one: the last bits of a batched product depend on the batch, and so would a resumed run.
-        with torch.autocast(weight.device.type, enabled=False):
-            for prompt in new:
-                tokens = self.tokenize([prompt], self.context_length).to(weight.device)
-                self._text_cache[prompt] = normalize(self.encode_text(tokens))[0].cpu()
+        self._text_cache |= {prompt: encode([prompt])[0].cpu() for prompt in new}
         features = torch.stack([self._text_cache[prompt] for prompt in prompts]).to(weight.device)
         while len(self._text_cache) > CACHED_PROMPTS:
             del self._text_cache[next(iter(self._text_cache))]  # the oldest

@@ -1,12 +1,16 @@
 """The benchmark programs from their command line to their files, on tiny models."""
 
 import csv
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,7 +30,7 @@ from textcraftor import generate
 from textcraftor.benchmarks import HPSV2, PARTI
 from textcraftor.checkpoints import save_text_encoder
 from textcraftor.errors import UserError
-from textcraftor.evaluation import evaluate
+from textcraftor.evaluation import evaluate, parse_arguments, work_through
 from textcraftor.models import load_model
 from textcraftor.report import Table, style_scores, summarize
 from textcraftor.scores import score_files, weights_hash, whole_view
@@ -91,10 +96,15 @@ def pixels(path):
 
 
 def test_parti_scores_the_decoders_output(parti, rewards_root, monkeypatch, capsys):
-    made, real = [], generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args, **how: made.append(real(*args, **how)) or made[-1])
+    made, real = {}, generate.generate  # batches by their first prompt's number
+
+    def remembered(pipeline, tuned, prompts, indices, **how):
+        made[indices[0]] = real(pipeline, tuned, prompts, indices, **how)
+        return made[indices[0]]
+
+    monkeypatch.setattr(generate, "generate", remembered)
     parti()
-    images, rows = torch.cat(made), table()
+    images, rows = torch.cat([made[first] for first in sorted(made)]), table()
     assert list(rows.columns) == ["index", "prompt", "category", "challenge", "file", *COLUMNS]
     assert rows["index"].tolist() == [0, 1, 2, 3, 4] and rows["prompt"][4] == "a sea, 4"
     for name, column in zip(("clip", "aesthetic", "pickscore", "hpsv2"), COLUMNS, strict=True):
@@ -188,13 +198,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(program, how, request, mon
     program("--output_path", "whole")
     real, calls = generate.generate, []
 
-    def interrupted(*args, **options):
-        calls.append(args)
-        if len(calls) == 2:
+    def interrupted(pipeline, tuned, prompts, indices, **options):
+        calls.append(indices)
+        if indices == [2, 3] and calls.count([2, 3]) == 1:  # the second batch of two, for the first time
             if how == "killed":
                 raise RuntimeError("killed")
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **options)
+        return real(pipeline, tuned, prompts, indices, **options)
 
     monkeypatch.setattr(generate, "generate", interrupted)
     if how == "killed":
@@ -205,12 +215,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(program, how, request, mon
     else:
         program()
         assert "stopped with 4 images done; the same command goes on" in capsys.readouterr().out
-    assert len(calls) == 2 and not Path("out/summary.json").exists()
+    assert not Path("out/summary.json").exists()
+    calls.append("again")
     program()
-    assert len(calls) == 3 + (how == "killed")  # batches of two that were not done, and no others
+    program()  # with nothing left to do
+    again = sorted(calls[calls.index("again") + 1 :])  # batches that were not done, and no others
+    assert [first for first, *_ in again] == ([2, 4] if how == "killed" else [4])
     assert contents("out") == contents("whole")
-    program()
-    assert len(calls) == 3 + (how == "killed") and contents("out") == contents("whole")  # nothing was left to do
 
 
 def test_an_image_that_was_lost_is_made_again(parti):
@@ -240,6 +251,31 @@ def test_the_batch_size_changes_nothing(parti, scheduler):
         np.testing.assert_allclose(table()[column], table("five")[column], atol=1e-4)
     for file in table()["file"]:
         assert np.abs(pixels(f"out/{file}") - pixels(f"five/{file}")).max() <= 1
+
+
+def test_two_batches_are_in_work_at_once_and_come_in_order(tmp_path):
+    """Each waits for the other; the second comes first."""
+    rows = [{"index": i, "prompt": "a", "file": f"{i}.png"} for i in range(7)]
+    both, threads, cores = threading.Barrier(2, timeout=30), [], torch.get_num_threads()
+
+    def work(batch):
+        threads.append(torch.get_num_threads())
+        both.wait()
+        time.sleep(0.2 if batch[0]["index"] % 4 == 0 else 0)
+        return [row | {"clip": 0.5} for row in batch]
+
+    scores, done = Table(tmp_path / "scores.csv", ["index", "prompt", "file"], ["clip"]), {}
+    scores.write([])
+    try:
+        torch.set_num_threads(2)
+        assert work_through(Accelerator(cpu=True), rows, done, 2, work, scores)
+        assert threads == [1] * 4 and torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            work_through(Accelerator(cpu=True), rows, {}, 2, lambda batch: 1 / 0, scores)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(cores)
+    assert list(done) == pd.read_csv(tmp_path / "scores.csv")["index"].tolist() == list(range(7))
 
 
 @pytest.mark.slow
@@ -356,10 +392,15 @@ def language_model(tmp_path_factory):
 
 
 def test_prompts_are_extended_before_generation_and_both_are_kept(parti, language_model, rewards_root, monkeypatch):
-    seen, real = [], generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *args, **how: seen.extend(args[2]) or real(*args, **how))
+    seen, real = {}, generate.generate
+
+    def noted(pipeline, tuned, prompts, indices, **how):
+        seen.update(zip(indices, prompts, strict=True))
+        return real(pipeline, tuned, prompts, indices, **how)
+
+    monkeypatch.setattr(generate, "generate", noted)
     parti("--prompt_eng", language_model)
-    rows, asked = table(), list(seen)
+    rows, asked = table(), [seen[index] for index in sorted(seen)]
     assert rows["extended"].tolist() == asked
     for prompt, extended in zip(rows["prompt"], asked, strict=True):
         assert extended.startswith(f"{prompt},") and len(extended) > len(prompt) + 20
@@ -395,7 +436,40 @@ def test_what_is_no_language_model_is_refused(parti, work):
         parti("--prompt_eng", "--score_only", ".")
 
 
+def test_the_miniature_has_an_extender_of_its_own():
+    for model, extender in (("miniature", str(ROOT / "miniature" / "extender")), ("other", "daspartho/prompt-extend")):
+        assert parse_arguments(PARTI, "", ["--model", model, "--prompt_eng"]).prompt_eng == extender
+        assert parse_arguments(PARTI, "", ["--model", model, "--prompt_eng", "mine"]).prompt_eng == "mine"
+        assert parse_arguments(PARTI, "", ["--model", model]).prompt_eng == ""
+
+
 # Parts
+
+
+@pytest.mark.parametrize("arguments, folder", [
+    ("", "original_parti"),
+    ("--text_path checkpoints/tc_text_e_0_iter_10000.pth", "paper_ckpt_parti"),
+    ("--text_path output/tc_text.safetensors", "output_tc_text_parti"),
+    ("--text_path /home/me/runs/v1.5/ --prompt_eng", "runs_v1.5_prompt_eng_parti"),
+    ("--text_path ../tc_text.safetensors --unet_path a/tc_unet.safetensors", "tc_text_a_tc_unet_parti"),
+    ("--model miniature", "miniature_parti"),
+    ("--model miniature --text_path output/tc_text.safetensors", "miniature_output_tc_text_parti"),
+    ("--model ./models/other-model", "other-model_parti"),
+])  # fmt: skip
+def test_the_default_folder_says_what_is_tested(arguments, folder):
+    assert parse_arguments(PARTI, "", arguments.split()).output_path == f"tests/{folder}"
+    assert parse_arguments(PARTI, "", [*arguments.split(), "--output_path", "mine"]).output_path == "mine"
+
+
+def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, capsys):
+    spec = importlib.util.spec_from_file_location("benchmarks_eval", ROOT / "benchmarks" / "eval.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    program.main([*map(str, models), "--prompts", "parti.tsv", "--batch-size", "2"])
+    *_, differences = capsys.readouterr().out.splitlines()
+    found = re.match(r"largest difference: ([01]) of 255 grey levels, (.*)", differences)[2]
+    columns, values = zip(*(item.split() for item in found.split(", ")), strict=True)
+    assert list(columns) == COLUMNS and max(map(float, values)) < 1e-4
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,6 +1,7 @@
 """Generation by the stock pipeline, against the training sampler and against the pipeline called plainly."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from transformers import CLIPTextModel
 
 from textcraftor.checkpoints import load_text_encoder, save_text_encoder, save_unet
 from textcraftor.errors import UserError
-from textcraftor.evaluation import SCHEDULERS
 from textcraftor.generate import check_steps, check_tuned, generate, load_pipeline, load_tuned, switch_embeddings
 from textcraftor.models import embed_prompts, encode_prompts, load_model
+from textcraftor.options import SCHEDULERS
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
 PROMPTS = ["a red fox", "two apples on a table", "snow"]
@@ -134,6 +135,18 @@ def test_an_image_does_not_depend_on_its_batch(stable_diffusion, tuned_path, sch
     alone = torch.cat([make(pipeline, tuned, rows=[row]) for row in (2, 0, 1)])
     torch.testing.assert_close(together[[2, 0, 1]], alone, rtol=0, atol=2e-5)
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "PNDM", "UniPC"])
+def test_threads_share_a_pipeline(stable_diffusion, tuned_path, scheduler):
+    """UniPC and PNDM keep what they saw in earlier steps; threads of one core each, as where batches are in work."""
+    pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
+    batches = [(0, 1, 2), (2,), (1, 0), (0, 2), (1,), (2, 1)]
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        expected = list(pool.map(lambda rows: make(pipeline, tuned, rows), batches))
+    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(lambda rows: make(pipeline, tuned, rows), batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_tuned_weights_come_in_every_form(stable_diffusion, tuned_path, tmp_path):

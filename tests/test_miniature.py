@@ -11,11 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from miniature import clips, world
+from miniature import clips, extender, world
 from miniature.judge import Judge, answers, see
 from miniature.preferences import PAIR_NOISE, group_of, preference_loss
+from textcraftor.benchmarks import PARTI
+from textcraftor.extend import extend_prompt, load_extender
+from textcraftor.models import count_cut
 
 FOLDER = Path(__file__).parents[1] / "miniature"
 needs_font = pytest.mark.skipif(not any(Path(f).exists() for f in world.FONT_FILES),
@@ -243,6 +246,31 @@ def test_answers_name_what_stands_where():
     assert truth["size"].tolist() == [-100, -100, -100, 0, -100]
     assert {k: v.shape[1:] for k, v in Judge()(torch.rand(2, 3, 64, 64)).items()} == {
         "object": (5, none + 1), "size": (5, 2), "background": (1, 8), "condition": (1, 5)}
+
+
+def test_its_extender_asks_for_clean_pictures_and_leaves_room_in_the_text_encoder():
+    prompts = [row["prompt"] for row in PARTI.read(FOLDER / "benchmarks" / PARTI.prompts)]
+    model = load_extender(FOLDER / "extender", "cpu")
+    extended = [extend_prompt(*model, prompt, 2023, i) for i, prompt in enumerate(prompts)]
+    added = [text.removeprefix(prompt).split(", ")[1:] for text, prompt in zip(extended, prompts, strict=True)]
+    phrases = {phrase for phrases in added for phrase in phrases}
+    assert phrases == set(world.QUALITY_WORDS["clean"]) and {len(phrases) for phrases in added} == {1, 2}
+    assert count_cut(CLIPTokenizer.from_pretrained(FOLDER / "stable-diffusion/tokenizer"), extended) == 0
+
+
+def test_the_extender_learns_what_is_added_and_nothing_else():
+    tokenizer, model = extender.new_tokenizer(), extender.new_extender().eval()
+    loss = extender.extender_loss(model, tokenizer, np.random.default_rng(3)).item()
+    rng, terms = np.random.default_rng(3), []
+    for _ in range(64):
+        prompt, added = extender.extended_prompt(rng)
+        ids = tokenizer(f"{prompt}{added}<|endoftext|>", return_tensors="pt").input_ids[0]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + added and prompt.endswith(",")
+        with torch.no_grad():
+            odds = model(ids[None]).logits[0].double().log_softmax(-1).numpy()
+        first = prompt.count(",") + len(prompt.replace(",", " ").split())
+        terms += [-odds[i - 1, ids[i]] for i in range(first, len(ids))]
+    assert loss == pytest.approx(np.mean(terms), rel=1e-4)
 
 
 @pytest.mark.slow

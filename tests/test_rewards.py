@@ -321,6 +321,20 @@ def test_text_features_have_the_same_bits_in_any_batch(rewards_root, name):
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(3))
 
 
+@pytest.mark.parametrize("name", TEXT_REWARDS)
+def test_text_features_that_are_not_kept_come_in_one_batch(rewards_root, monkeypatch, name):
+    reward = rewards.load_reward(name, rewards_root, "cpu")
+    expected = reward.text_features([*PROMPTS, PROMPTS[0]])
+    reward, encoded = rewards.load_reward(name, rewards_root, "cpu"), []
+    reward.keep_texts, real = False, reward.encode_text
+    monkeypatch.setattr(reward, "encode_text", lambda tokens: encoded.append(len(tokens)) or real(tokens))
+    for _ in range(2):
+        found = reward.text_features([*PROMPTS, PROMPTS[0]])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert not found.requires_grad
+    assert encoded == [len(PROMPTS) + 1] * 2
+
+
 def test_remembered_text_features_are_bounded(rewards_root, monkeypatch):
     monkeypatch.setattr("rewards.base.CACHED_PROMPTS", 2)
     reward = rewards.load_reward("clip", rewards_root, "cpu")

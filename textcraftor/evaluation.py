@@ -7,21 +7,23 @@ scores.csv, one row an image; summary.json; and a line in results.md.
 import json
 import os
 import platform
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from textcraftor.benchmarks import Benchmark, prompts_hash
 from textcraftor.errors import UserError
-from textcraftor.options import check_all, make_parser, require
+from textcraftor.options import SCHEDULERS, check_all, make_parser, require
 from textcraftor.report import Table, check_settings, style_scores, summarize, write_results, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SCHEDULERS = ("DDIM", "PNDM", "DPMSolver", "DPMSingle", "Euler", "EulerAncestral", "UniPC")
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
 
 # fmt: off
@@ -36,7 +38,7 @@ OPTIONS = (
     ("--score_only",       "",                        "score the images in this folder, of any model, and make none"),
     ("--hps_version",      ("2.0", "2.1"),            "of HPSv2; their scores cannot be compared"),
     # How to sample.
-    ("--scheduler",        SCHEDULERS,                "sampler; DDIM is the one of training"),
+    ("--scheduler",        tuple(SCHEDULERS),         "sampler; DDIM is the one of training"),
     ("--step",             25,                        "T, sampling steps"),
     ("--grad_steps",       15,                        "last steps, under the tuned text encoder"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
@@ -47,6 +49,8 @@ OPTIONS = (
 )
 # fmt: on
 EXTENDER = "daspartho/prompt-extend"
+PAPER = "checkpoints/tc_text_e_0_iter_10000.pth"  # the paper's text encoder
+WORKERS = 2  # batches in work at once
 # What an image depends on and a score does not: the settings that --score_only does not know.
 SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "seed")
 
@@ -126,23 +130,37 @@ def parse_arguments(benchmark, description, argv):
     """Command line -> options. `--model miniature` brings its own defaults; flags that are given win."""
     parser = make_parser(description, OPTIONS)
     parser.add_argument(
-        "--prompt_eng", "--prompt-eng", nargs="?", const=EXTENDER, default="", metavar="MODEL",
-        help=f"let a language model extend the prompts, folder or hub id ({EXTENDER} if none is named)",
+        "--prompt_eng", "--prompt-eng", nargs="?", const=True, default="", metavar="MODEL",
+        help=f"let a language model extend the prompts, folder or hub id ({EXTENDER}, or the miniature's own, if none "
+        "is named)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    default_output = f"tests/paper_ckpt_{benchmark.name}"
-    args.fetch = not args.prompts
+    default_output = f"tests/{run_name(args)}_{benchmark.name}"
+    args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
         folder = REPOSITORY / "miniature"
         guidance = json.loads((folder / "defaults.json").read_text())["guidance"]
         prompts = str(folder / "benchmarks" / benchmark.prompts)
-        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance)
+        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance, batch_size=16)
         args = parser.parse_args(argv)
-        args.model, args.fetch = str(folder / "stable-diffusion"), False
-        default_output = f"tests/miniature_{benchmark.name}"
+        args.model, args.fetch, extender = str(folder / "stable-diffusion"), False, str(folder / "extender")
+    args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
     args.prompts = args.prompts or str(REPOSITORY / "prompts" / benchmark.prompts)
     args.output_path = args.output_path or args.score_only or default_output
     return args
+
+
+def run_name(args):
+    """What is tested, as the start of a folder's name: "paper_ckpt", "original", "miniature_output_tc_text", …"""
+
+    def last_parts(path, count):
+        parts = [part for part in Path(path).parts[-count:] if part.strip("./")]
+        return "_".join(part.removesuffix(".safetensors").removesuffix(".pth") for part in parts)
+
+    names = [] if args.model == OPTIONS[0][1] else [last_parts(args.model, 1)]
+    tuned = [path for path in (args.text_path, args.unet_path) if path]
+    names += ["paper_ckpt" if Path(path) == Path(PAPER) else last_parts(path, 2) for path in tuned]
+    return "_".join([*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else [])])
 
 
 def check_arguments(args):
@@ -192,6 +210,7 @@ def generator(benchmark, args, scorers, view, device):
     how = {"seed": args.seed, "steps": args.step, "grad_steps": args.grad_steps, "guidance": args.guidance}
     how |= {"weighting": args.prompt_weighting}
     savers = ThreadPoolExecutor(4)
+    turn = Lock() if device.type == "cuda" else nullcontext()  # two batches at once would not be drawn faster
 
     drawn = "extended" if args.prompt_eng else "prompt"
     scored = "extended" if args.prompt_eng and args.score_prompt == "extended" else "prompt"
@@ -200,7 +219,8 @@ def generator(benchmark, args, scorers, view, device):
         indices = [row["index"] for row in rows]
         if args.prompt_eng:
             rows = [row | {drawn: extend_prompt(*extender, row["prompt"], args.seed, row["index"])} for row in rows]
-        images = generate(pipeline, tuned, [row[drawn] for row in rows], indices, **how)
+        with turn:
+            images = generate(pipeline, tuned, [row[drawn] for row in rows], indices, **how)
         prompts = [row[scored] for row in rows]
         paths = [output / row["file"] for row in rows]
         saving = savers.map(save_image, (images * 255).round().to(torch.uint8).cpu(), paths)
@@ -247,9 +267,11 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     """Do all rows that are not in `done`, {index: row}, adding them there and to the table.
 
     Batches are cut from all rows, whatever is done, and shared among the processes: neither an interruption nor the
-    number of processes changes which images are computed together, and so no bit of them. Returns False if a signal
-    ended it early.
+    number of processes changes which images are computed together, and so no bit of them. Each process has two batches
+    in work, in threads: a GPU draws one while the other is scored and saved, and of a CPU each has half of the cores,
+    which small networks use better than one batch uses all. Returns False if a signal ended it early.
     """
+    import torch
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
@@ -258,12 +280,30 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     batches = [batch for batch in batches if any(row["index"] not in done for row in batch)]
     missing = sum(row["index"] not in done for row in rows)
-    processes, is_main = accelerator.num_processes, accelerator.is_main_process
+    processes, is_main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
+    shares = [batches[start : start + processes] for start in range(0, len(batches), processes)]
+    mine = iter([dict(enumerate(share)).get(accelerator.process_index, []) for share in shares])
+    cores = torch.get_num_threads()
+    workers = WORKERS if device.type == "cuda" else min(WORKERS, cores)
+
+    def start_worker():
+        torch.set_num_threads(cores // workers)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    def do(share):
+        return work(share) if share else []
+
     bar = tqdm(total=len(rows), initial=len(rows) - missing, disable=not is_main, dynamic_ncols=True, unit="image")
-    with stop_signals() as stop, bar:
-        for start in range(0, len(batches), processes):
-            mine = batches[start : start + processes][accelerator.process_index : accelerator.process_index + 1]
-            parts = gather_object([(row, len(stop)) for batch in mine for row in work(batch)])
+    with stop_signals() as stop, bar, ExitStack() as at_end:
+        at_end.callback(torch.set_num_threads, cores)  # which is not of each thread alone, in all libraries
+        pool = at_end.enter_context(ThreadPoolExecutor(workers, initializer=start_worker))
+        begun = deque(pool.submit(do, share) for share in islice(mine, workers))
+        while begun:
+            parts = gather_object([(row, len(stop)) for row in begun.popleft().result()])
+            if any(stopping for _, stopping in parts):
+                mine = iter(())
+            begun.extend(pool.submit(do, share) for share in islice(mine, 1))
             new = [row for row, _ in parts]
             bar.update(sum(row["index"] not in done for row in new))
             done |= {row["index"]: row for row in new}
@@ -272,6 +312,4 @@ def work_through(accelerator, rows, done, batch_size, work, table):
             scored = [row for row in done.values() if "problem" not in row]
             for_all = {name: sum(row[name] for row in scored) / max(1, len(scored)) for name in table.scores}
             bar.set_postfix_str(" ".join(f"{name} {mean:.4g}" for name, mean in for_all.items()))
-            if any(stopping for _, stopping in parts) and start + processes < len(batches):
-                return False
-    return True
+    return all(row["index"] in done for row in rows)

@@ -1,6 +1,7 @@
 """The prompt engineering baseline: a causal language model goes on with each prompt before images are made of it."""
 
 from pathlib import Path
+from threading import Lock
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -9,6 +10,7 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.generate import index_seed
 
 NEW_TOKENS = 50
+_drawing = Lock()  # from the global random generator: one thread at a time
 
 
 def load_extender(model, device):
@@ -33,7 +35,7 @@ def extend_prompt(tokenizer, model, prompt, seed, index):
     """
     room = model.config.max_position_embeddings - NEW_TOKENS
     tokens = tokenizer(f"{prompt},", return_tensors="pt", truncation=True, max_length=room).to(model.device)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with _drawing, torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(index_seed(seed, index))
         output = model.generate(
             tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=50,

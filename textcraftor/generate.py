@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from threading import Lock
 
 import diffusers
 import numpy as np
@@ -12,17 +13,11 @@ from transformers import CLIPTextModel
 from textcraftor.checkpoints import load_text_encoder, load_unet
 from textcraftor.errors import UserError, first_line
 from textcraftor.models import load_model
+from textcraftor.options import SCHEDULERS
 from textcraftor.sampling import make_scheduler, prompt_noise
 from textcraftor.weights import load_strictly
 
-SCHEDULERS = {
-    "PNDM": "PNDMScheduler",
-    "DPMSolver": "DPMSolverMultistepScheduler",
-    "DPMSingle": "DPMSolverSinglestepScheduler",
-    "Euler": "EulerDiscreteScheduler",
-    "EulerAncestral": "EulerAncestralDiscreteScheduler",
-    "UniPC": "UniPCMultistepScheduler",
-}
+_encoding = Lock()  # tokenizers keep settings of the call at work: one thread at a time
 
 
 def check_steps(name, steps):
@@ -122,7 +117,10 @@ def generate(pipeline, tuned, prompts, indices, *, seed, steps, grad_steps, guid
 
     The original text encoder drives the first steps - grad_steps steps, the mix weighting * tuned + (1 - weighting) *
     original the rest, in both branches of guidance. All that is random in image i comes from (seed, indices[i]).
+    Threads may share the pipeline.
     """
+    pipeline = copy.copy(pipeline)
+    pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it counts the steps of one run
     device, dtype, original = pipeline.device, pipeline.unet.dtype, pipeline.text_encoder
     unet = pipeline.unet.config
     noise = prompt_noise(seed, indices, (unet.in_channels, unet.sample_size, unet.sample_size))
@@ -134,8 +132,9 @@ def generate(pipeline, tuned, prompts, indices, *, seed, steps, grad_steps, guid
         pipeline.text_encoder = original
         return torch.stack([unconditional, conditional])
 
-    early = encode(original)
-    late = early if tuned is original else torch.lerp(early, encode(tuned), weighting)
+    with _encoding:
+        early = encode(original)
+        late = early if tuned is original else torch.lerp(early, encode(tuned), weighting)
     start = late if grad_steps == steps else early
     switched = late.flatten(0, 1) if guidance > 1 else late[1]  # without guidance there is one branch
     return pipeline(

@@ -5,6 +5,17 @@ import math
 
 from textcraftor.errors import UserError
 
+# Samplers by the names users choose, and diffusers' classes of them.
+SCHEDULERS = {
+    "DDIM": "DDIMScheduler",
+    "PNDM": "PNDMScheduler",
+    "DPMSolver": "DPMSolverMultistepScheduler",
+    "DPMSingle": "DPMSolverSinglestepScheduler",
+    "Euler": "EulerDiscreteScheduler",
+    "EulerAncestral": "EulerAncestralDiscreteScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+}
+
 # The columns of metrics.csv beside those of the rewards.
 COLUMNS = ("step", "epoch", "total", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
 

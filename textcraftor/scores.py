@@ -3,6 +3,7 @@
 import hashlib
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from rewards import check_files, load_reward
 from textcraftor.errors import UserError, first_line
 from textcraftor.options import check_all
 
+_reading_prompts = Lock()  # tokenizers keep settings of the call at work: one thread at a time
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -24,6 +26,8 @@ def load_scorers(names, root, device, hps_version):
             scorers[f"hps_v{hps_version}"] = hpsv2.load(Path(root), device, torch.float32, hps_version)
         else:
             scorers[name] = load_reward(name, root, device)
+    for scorer in scorers.values():
+        scorer.keep_texts = False  # batches are the same in a run that goes on, and each prompt is needed once
     return scorers
 
 
@@ -41,9 +45,12 @@ def check_scorers(names, root, hps_version):
 def score_images(scorers, images, prompts):
     """Images (B, 3, H, W), in [0, 1] but for a bicubic overshoot, and B prompts -> B dicts {column: score}.
 
-    Scores are rewards without their scale and weight.
+    Scores are rewards without their scale and weight. Threads may share the scorers.
     """
-    columns = [scorer.score(scorer.image_features(images.float()), prompts).tolist() for scorer in scorers.values()]
+    features = [scorer.image_features(images.float()) for scorer in scorers.values()]
+    with _reading_prompts:
+        columns = [scorer.score(seen, prompts) for scorer, seen in zip(scorers.values(), features, strict=True)]
+    columns = [column.tolist() for column in columns]
     # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
     rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
     return [dict(zip(scorers, row, strict=True)) for row in rows]
