@@ -1,8 +1,8 @@
 """
 Speed of the evaluation: images/s of test_parti.py's way and of a plain loop of batches of 4, side by side.
 
-$ python benchmarks/eval.py                                   the miniature; minutes on a CPU
-$ python benchmarks/eval.py --limit 64 --batch-size 32        options are those of test_parti.py
+$ python -m benchmarks.eval                                   the miniature; minutes on a CPU
+$ python -m benchmarks.eval --limit 64 --batch-size 32        options are those of test_parti.py
 
 The plain loop is the published script's way: a stock pipeline draws four images, by both text encoders; they are saved;
 each reward scores them, each prompt's text features computed on their own; then the next four. Both ways make the same
@@ -27,17 +27,15 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import CLIPTextModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from rewards.base import Reward  # noqa: E402
-from textcraftor.benchmarks import PARTI  # noqa: E402
-from textcraftor.checkpoints import load_text_encoder, save_text_encoder  # noqa: E402
-from textcraftor.errors import run_program  # noqa: E402
-from textcraftor.evaluation import check_arguments, generator, parse_arguments, work_through  # noqa: E402
-from textcraftor.models import load_model, quiet_libraries  # noqa: E402
-from textcraftor.report import Table  # noqa: E402
-from textcraftor.sampling import make_scheduler, prompt_noise  # noqa: E402
-from textcraftor.scores import load_scorers, whole_view  # noqa: E402
+from rewards.base import Reward
+from textcraftor.benchmarks import PARTI
+from textcraftor.checkpoints import load_text_encoder, save_text_encoder
+from textcraftor.errors import run_program
+from textcraftor.evaluation import check_arguments, generator, parse_arguments, work_through
+from textcraftor.models import load_model, quiet_libraries
+from textcraftor.report import Table
+from textcraftor.sampling import make_scheduler, prompt_noise
+from textcraftor.scores import load_scorers, whole_view
 
 ROUNDS = 2
 PARTS = (
