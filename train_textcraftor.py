@@ -22,7 +22,6 @@ import math
 import time
 from itertools import takewhile
 from pathlib import Path
-from zlib import crc32
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, check_all, make_parser, require, reward_specs
@@ -134,7 +133,7 @@ def main(argv=None):
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
     from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries
-    from textcraftor.prompts import check_prompts, hold_out, read_prompts
+    from textcraftor.prompts import check_prompts, checksum, hold_out, read_prompts
     from textcraftor.sampling import decode, make_scheduler, sample_latents
     from textcraftor.stream import PromptStream, batches
     from textcraftor.validation import TEST_GRAD_STEPS, comparison, load_look, save_look, validate, validation_noise
@@ -148,7 +147,8 @@ def main(argv=None):
     check_all(checks)
     functions = {spec: load_function(spec) for spec in (*weighted, *monitored) if ":" in spec}
     prompts, dropped = read_prompts(args.prompts)
-    prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
+    to_hold_out, val_dropped = read_prompts(args.val_prompts) if args.val_prompts else ([], {"bad": []})
+    prompts, held_out = hold_out(prompts, to_hold_out, args.val_count)
 
     # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward, the UNet runs
     # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
@@ -168,6 +168,9 @@ def main(argv=None):
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
     )
+    for path, bad in (args.prompts, dropped["bad"]), (args.val_prompts, val_dropped["bad"]):
+        if bad:
+            say(f"{path}: {len(bad)} bad rows skipped, at line {', '.join(map(str, bad[:10]))}{' …' * (len(bad) > 10)}")
 
     # Model. Low precision is for what is frozen; the original text encoder stays comparable with the tuned one.
     tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
@@ -224,7 +227,7 @@ def main(argv=None):
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
     columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     options = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    options |= {"images a step": global_batch, "checksum of prompts": crc32(repr((prompts, held_out)).encode())}
+    options |= {"images a step": global_batch, "checksum of prompts": [checksum(prompts), checksum(held_out)]}
     record, first_step = Record(output, columns, writes=is_main), 0
     if args.resume:
         state, first_step = checkpoints.last_state(output / "resume")
