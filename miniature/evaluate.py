@@ -39,7 +39,7 @@ def main() -> None:
 
     quiet_libraries()
     torch.manual_seed(0)
-    prompts = read_prompts(args.prompts)[0][args.start:args.start + args.count].to_pylist()
+    prompts = read_prompts(args.prompts)[0][args.start:args.start + args.count]
     if len(prompts) < 2:
         raise UserError(f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
                         f"{args.prompts}, and an interval needs two")

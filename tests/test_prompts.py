@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 import torch
 
 from textcraftor import prompts as prompt_files
 from textcraftor.errors import UserError
-from textcraftor.prompts import checksum
+from textcraftor.prompts import checksum, hold_out, read_prompts
 from textcraftor.sampling import prompt_noise
 from textcraftor.stream import PromptStream, batches
 
@@ -23,16 +22,6 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real promp
 # What tables really hold: quotation marks, commas, line breaks, tabs, words that look like numbers or missing values.
 ROWS = ["a fox", 'the sign says "hello, you"', "first line\nsecond line", "42", "null", "NA", "  a fox ", "", "é 狐"]
 PROMPTS = ["a fox", 'the sign says "hello, you"', "first line\nsecond line", "42", "null", "NA", "é 狐"]
-
-
-def read_prompts(path):
-    prompts, dropped = prompt_files.read_prompts(path)
-    return prompts.to_pylist(), dropped
-
-
-def hold_out(prompts, held_out, count):
-    prompts, held_out = prompt_files.hold_out(pa.array(prompts, pa.string()), pa.array(held_out, pa.string()), count)
-    return prompts.to_pylist(), held_out
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "jsonl"])
@@ -84,11 +73,11 @@ def test_missing_values_are_empty(tmp_path):
         ("p.csv", "", "no rows"),
         ("p.csv", "prompt,raw_data\n", "no rows"),
         ("p.csv", "prompt,raw_data\n,x\n  ,y\n", "no usable prompts"),
-        ("p.csv", 'prompt\n"never closed\n', "0 are empty and 1 unreadable"),
+        ("p.csv", 'prompt\n"never closed\n', "0 rows are empty and 1 unreadable"),
         ("p.csv", '"prompt\na fox\n', "not a readable csv"),
         ("p.txt", "", "no rows"),
         ("p.csv", "prompt\na fox\n".encode("utf-16"), "expected UTF-8"),
-        ("p.jsonl", "5\n{}\nnot json\n", "0 are empty and 3 unreadable"),
+        ("p.jsonl", "5\n{}\nnot json\n", "0 rows are empty and 3 unreadable"),
         ("p.parquet", "not parquet", "not a readable parquet"),
     ],
 )
@@ -120,7 +109,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, content, problem):
         (b'prompt\n"a fox\n' + b"row\n" * 200_000 + b'"\na dog\n', ["row", "a dog"], [2, 200_003]),
     ],
 )
-@pytest.mark.parametrize("block", [7, 2**24])
+@pytest.mark.parametrize("block", [7, 2**22])
 def test_bad_rows_of_a_table(tmp_path, monkeypatch, content, prompts, bad, block):
     monkeypatch.setattr(prompt_files, "BLOCK", max(block, len(content) // 100))
     (tmp_path / "p.csv").write_bytes(content)
@@ -182,7 +171,7 @@ def test_damaged_tables_lose_their_damaged_rows_alone(tmp_path, monkeypatch, see
 
 def test_the_checksum_is_that_of_the_order():
     first, second = ["a", "b"] * 3, ["b", "a"] * 3
-    assert checksum(pa.array(first)) == checksum(first) != checksum(second)
+    assert checksum(first) == checksum(list(first)) != checksum(second)
     assert checksum(["a, b"]) != checksum(["a", "b"])
 
 

@@ -11,8 +11,7 @@ from textcraftor.sampling import prompt_noise
 class PromptStream(Dataset):
     """Sample n of training for every n ≥ 0: a prompt, all of them in a fresh seeded order each epoch, and its noise.
 
-    prompts: an Arrow array, or any sequence of strings. Depends on (prompts, seed, n) alone: neither batch size,
-    processes, workers nor a resume changes a sample.
+    Depends on (prompts, seed, n) alone: neither batch size, processes, workers nor a resume changes a sample.
     """
 
     def __init__(self, prompts, seed, shape):
@@ -20,7 +19,7 @@ class PromptStream(Dataset):
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.prompts))
-        prompt = str(self.prompts[_order(len(self.prompts), self.seed, epoch)[position]])
+        prompt = self.prompts[_order(len(self.prompts), self.seed, epoch)[position]]
         return {"prompt": prompt, "noise": prompt_noise(self.seed, [n], self.shape)[0]}
 
 
