@@ -109,7 +109,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, content, problem):
         (b'prompt\n"a fox\n' + b"row\n" * 200_000 + b'"\na dog\n', ["row", "a dog"], [2, 200_003]),
     ],
 )
-@pytest.mark.parametrize("block", [7, 2**22])
+@pytest.mark.parametrize("block", [7, 2**20])
 def test_bad_rows_of_a_table(tmp_path, monkeypatch, content, prompts, bad, block):
     monkeypatch.setattr(prompt_files, "BLOCK", max(block, len(content) // 100))
     (tmp_path / "p.csv").write_bytes(content)

@@ -19,7 +19,7 @@ from textcraftor.downloads import command
 from textcraftor.errors import UserError, first_line
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
-BLOCK = 2**22  # bytes of a table that are read at once
+BLOCK = 2**20  # bytes of a table that are read at once
 THREADS = 4  # that read blocks
 LINES = 100_000  # lines of other files, and prompts whose checksum is taken at once
 LONGEST = 10_000  # characters; a longer cell of a table is no prompt but rows that a stray quotation mark has joined
@@ -76,7 +76,7 @@ def checksum(prompts):
     """CRC-32 of prompts in their order, without a copy of them all."""
     crc = 0
     for start in range(0, len(prompts), LINES):
-        crc = crc32("".join(f"{prompt}\0" for prompt in prompts[start : start + LINES]).encode(), crc)
+        crc = crc32("\0".join([*prompts[start : start + LINES], ""]).encode(), crc)
     return crc
 
 
