@@ -133,6 +133,7 @@ def main(argv=None):
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
     from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries
+    from textcraftor.processes import average_gradients
     from textcraftor.prompts import check_prompts, checksum, hold_out, read_prompts
     from textcraftor.sampling import decode, make_scheduler, sample_latents
     from textcraftor.stream import PromptStream, batches
@@ -279,8 +280,7 @@ def main(argv=None):
             if not total.requires_grad:
                 raise UserError("no reward in use is differentiable in the images: nothing to learn from")
             accelerator.backward(-total.mean())
-            for parameter in parameters if accelerator.num_processes > 1 else ():
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+            average_gradients(accelerator, parameters)
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
             # Means over all processes, from which each of them decides the same.

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 
 
 class UserError(Exception):
@@ -18,10 +19,18 @@ def first_line(error: Exception) -> str:
 
 
 def run_program(main) -> None:
-    """Call main(); a UserError ends the process with its one line."""
+    """Call main(); a UserError ends the process with its one line.
+
+    Of several processes only the one that failed speaks: the launcher ends the others, which wait for that.
+    """
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the launcher ends all processes after the first: let rank 0 say it
+            time.sleep(5)  # most likely all have this error: let rank 0 say it
         sys.exit(f"error: {error}")
+    except Exception as error:
+        frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        if frame.f_globals["__name__"].startswith("torch.distributed"):
+            time.sleep(30)  # what failed is another process, in the middle of an exchange with this one
+        raise
