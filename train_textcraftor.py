@@ -20,7 +20,7 @@ import importlib.util
 import json
 import math
 import time
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 from textcraftor.errors import UserError, run_program
@@ -53,6 +53,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder, 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet, 0 = frozen"),
     ("--lr_warmup_steps",  0,                         "steps in which the learning rates rise to these"),
+    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "how they go on, to 0 at --max_steps"),
     ("--max_grad_norm",    0.0,                       "cut the gradient to this norm, 0 = never"),
     # How to sample.
     ("--step",             25,                        "T, DDIM steps"),
@@ -60,7 +61,8 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     # How long, how often, and on what.
-    ("--batch-size",       4,                         "prompts a step and process"),
+    ("--batch-size",       4,                         "prompts at once on each process"),
+    ("--gradient_accumulation_steps", 1,              "so many batches a step, for the memory of one"),
     ("--max_steps",        10_000,                    "end after so many steps, 0 = never"),
     ("--epochs",           0,                         "end after so many passes over the prompts, 0 = never"),
     ("--sample_every",     100,                       "steps from one sample picture to the next, 0 = none"),
@@ -68,14 +70,16 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--save_every",       250,                       "steps from one checkpoint to the next, 0 = last"),
     ("--resume",           False,                     "go on with the run in --output-path"),
     ("--seed",             0,                         "of the order of the prompts and of the noise"),
-    ("--mixed_precision",  ("no", "fp16", "bf16"),    "what the networks compute in"),
+    ("--mixed_precision",  ("no", "fp16", "bf16"),    "what networks compute in, and what frozen ones are kept in"),
     ("--gradient_checkpointing", ("full", "none"),    "none: faster, but memory grows by all activations a grad step"),
+    ("--compile",          False,                     "compile the UNet's transformer blocks; slower to start"),
     ("--report_to",        ("", "tensorboard", "wandb"), "tracker that gets metrics.csv's rows too"),
     ("-j --workers",       0,                         "processes that prepare batches, 0 = this one does"),
 )
 # fmt: on
 # What may differ when a run is resumed; the rest would make it another run.
 FREE_ON_RESUME = {"resume", "output_path", "weights", "workers", "report_to", "batch_size", "epochs", "max_steps"}
+FREE_ON_RESUME |= {"gradient_accumulation_steps", "compile"}
 FREE_ON_RESUME |= {"sample_every", "val_every", "save_every", "gradient_checkpointing"}
 
 
@@ -98,7 +102,7 @@ def parse_arguments(argv=None):
 def check_arguments(args):
     """Raise UserError, one line, for options that make no sense."""
     require(args, {
-        "step grad_steps batch_size val_count": 1,
+        "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed workers": 0,
         "guidance prompt_weighting sample_every val_every save_every": 0,
     })  # fmt: skip
@@ -125,7 +129,8 @@ def main(argv=None):
     # Imported only now: whatever is wrong above is said at once.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs, set_seed
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, set_seed
+    from diffusers.optimization import get_scheduler
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -133,7 +138,6 @@ def main(argv=None):
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
     from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries
-    from textcraftor.processes import average_gradients
     from textcraftor.prompts import check_prompts, checksum, hold_out, read_prompts
     from textcraftor.sampling import decode, make_scheduler, sample_latents
     from textcraftor.stream import PromptStream, batches
@@ -151,17 +155,27 @@ def main(argv=None):
     to_hold_out, val_dropped = read_prompts(args.val_prompts) if args.val_prompts else ([], {"bad": []})
     prompts, held_out = hold_out(prompts, to_hold_out, args.val_count)
 
-    # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward, the UNet runs
-    # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
+    # Processes and precision. DistributedDataParallel averages gradients, the UNet's too, though it runs K times or 2 K
+    # for one backward: a weight's gradient is handed on after the last. Buffers are constants; to broadcast them would
+    # have processes wait for each other in validation. Autocast must not cache: it may reuse weights cast without
+    # gradient.
+    # fp16's loss scale is halved after each step that it makes infinite: MOST_SKIPS in a row bring it from 2^10 to 1.
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        log_with=args.report_to or None, project_dir=output,
+        mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output,
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS),
+                         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
+    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
+        raise UserError(f"{accelerator.distributed_type.value}: to split a network, take FSDP, version 2")
+    if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
+        raise UserError("FSDP: splits one network; train the text encoder and the UNet one after the other")
     if args.mixed_precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take bf16 or no")
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    global_batch = args.batch_size * accelerator.num_processes
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products on tensor cores; convolutions do so by default
+    accumulation = args.gradient_accumulation_steps
+    global_batch = args.batch_size * accelerator.num_processes * accumulation
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
     set_seed(args.seed % 2**32)  # for users' own rewards; order and noise take the whole seed
     say = tqdm.write if is_main else lambda text: None
@@ -173,15 +187,18 @@ def main(argv=None):
         if bad:
             say(f"{path}: {len(bad)} bad rows skipped, at line {', '.join(map(str, bad[:10]))}{' …' * (len(bad) > 10)}")
 
-    # Model. Low precision is for what is frozen; the original text encoder stays comparable with the tuned one.
+    # Model. What is frozen is kept in low precision and computes in it; what trains is fp32, under autocast.
     tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
     text_encoder = copy.deepcopy(original_encoder) if args.lr_text or args.text_path else original_encoder
     if args.text_path:
         checkpoints.load_text_encoder(text_encoder, args.text_path)
-    original_encoder.to(device)
-    text_encoder.to(device)
-    vae.to(device, low_precision)
+    original_encoder.to(device, low_precision)
+    text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
     unet.to(device, torch.float32 if args.lr_unet else low_precision)
+    vae.to(device, low_precision)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # blocks of all widths and resolutions share one piece of code
+        unet.compile_repeated_blocks()
     scheduler = make_scheduler(scheduler_config, args.step)
     recompute = args.gradient_checkpointing == "full"
     latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -190,16 +207,14 @@ def main(argv=None):
 
     def generate(prompts, noise, grad_steps):
         """B prompts and their noise (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains."""
-        with accelerator.autocast():
-            encoders = (original_encoder, text_encoder, unconditional)
-            original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
-            z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
-            return decode(vae, z, recompute).float()
+        encoders = (original_encoder, text_encoder, unconditional)
+        original, tuned = embed_prompts(tokenizer, *encoders, prompts, args.prompt_weighting)
+        z = sample_latents(unet, scheduler, noise.to(device), original, tuned, args.guidance, grad_steps, recompute)
+        return decode(vae, z, recompute)
 
-    # Rewards, and monitors. fp16 would lose the third decimal of a PickScore.
+    # Rewards, and monitors.
     def load(spec):
-        dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, dtype)
+        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, low_precision)
 
     rewards = RewardSum([(load(spec), weight) for spec, weight in weighted.items()])
     monitors = [load(spec) for spec in monitored]
@@ -208,19 +223,24 @@ def main(argv=None):
     trained = {"tc_text": (text_encoder, args.lr_text, checkpoints.save_text_encoder)} if args.lr_text else {}
     trained |= {"tc_unet": (unet, args.lr_unet, checkpoints.save_unet)} if args.lr_unet else {}
     groups = [{"params": list(net.requires_grad_().parameters()), "lr": lr} for net, lr, _ in trained.values()]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
-    for network, _, _ in trained.values():
-        accelerator.prepare_model(network, evaluation_mode=True)  # not wrapped, but part of the saved state
+    if accelerator.is_fsdp2:
+        unet.to(memory_format=torch.contiguous_format)  # it splits no other
+    networks = [network for network, _, _ in trained.values()]
+    *networks, optimizer = accelerator.prepare(*networks, torch.optim.AdamW(groups))
+    text_encoder = networks[0] if args.lr_text else text_encoder
+    unet = networks[-1] if args.lr_unet else unet
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def write_weights(suffix=""):
-        for name, (network, _, write) in trained.items():
-            write(network, output / f"{name}{suffix}.safetensors")
+        for (name, (_, _, write)), network in zip(trained.items(), networks, strict=True):
+            state = accelerator.get_state_dict(network)  # from all processes, if each holds a part
+            if is_main:
+                write(state, output / f"{name}{suffix}.safetensors")
 
     def save(step):
+        write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
+        write_weights()
         if is_main:
-            write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
-            write_weights()
             pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
         checkpoints.save_state(accelerator, output / "resume", step)
 
@@ -248,7 +268,7 @@ def main(argv=None):
             return generate(batch, validation_noise(indices, latent_shape), min(args.step, TEST_GRAD_STEPS))
 
         scores, images = validate(accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID)
-        if is_main and count == len(held_out) and scores["total"].mean() > record.best("val_total"):
+        if count == len(held_out) and scores["total"].mean() > record.best("val_total"):
             write_weights("_best")
         if is_main and args.sample_every:
             path = output / "samples" / f"step_{step:06d}.png"
@@ -266,33 +286,38 @@ def main(argv=None):
 
     # Train.
     stream = PromptStream(prompts, args.seed, latent_shape)
-    mine = batches(first_step, last_step, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    first_batch, last_batch = first_step * accumulation, last_step * accumulation
+    mine = batches(first_batch, last_batch, args.batch_size, accelerator.process_index, accelerator.num_processes)
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
+    (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # of the step alone: none to save
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
     after = None
     with stop_signals() as stop, bar:
-        loader = DataLoader(stream, batch_sampler=mine, num_workers=args.workers)
-        for step, batch in enumerate(loader, first_step + 1):
+        loader = iter(DataLoader(stream, batch_sampler=mine, num_workers=args.workers))
+        for step in range(first_step + 1, last_step + 1):
             began = time.perf_counter()
 
             # Sample, score, and the gradient of loss = -sum of weighted rewards.
-            images = generate(batch["prompt"], batch["noise"], args.grad_steps)
-            total, scores = rewards(images, batch["prompt"])
-            if not total.requires_grad:
-                raise UserError("no reward in use is differentiable in the images: nothing to learn from")
-            accelerator.backward(-total.mean())
-            average_gradients(accelerator, parameters)
+            cut, parts = 0, []
+            for batch in islice(loader, accumulation):
+                images = generate(batch["prompt"], batch["noise"], args.grad_steps)
+                total, scores = rewards(images, batch["prompt"])
+                if not total.requires_grad:
+                    raise UserError("no reward in use is differentiable in the images: nothing to learn from")
+                accelerator.backward(-total.mean() / accumulation)
+                cut += count_cut(tokenizer, batch["prompt"])
+                parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in names)]))
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
             # Means over all processes, from which each of them decides the same.
-            cut = count_cut(tokenizer, batch["prompt"]) * accelerator.num_processes
-            here = [total.detach().mean(), *(scores[name].mean() for name in names)]
-            here += [torch.tensor(float(value), device=device) for value in (cut, len(stop))]
-            *means, cut, stopping = accelerator.gather(torch.stack(here)[None]).mean(dim=0).tolist()
+            counts = torch.tensor([cut * accelerator.num_processes, len(stop)], device=device)
+            here = torch.cat([torch.stack(parts).mean(dim=0), counts])
+            *means, cut, stopping = accelerator.gather(here[None]).mean(dim=0).tolist()
 
             # Update, unless loss or gradient are not finite.
             skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
             for group, (_, rate, _) in zip(optimizer.param_groups, trained.values(), strict=True):
-                group["lr"] = rate * min(1, step / max(1, args.lr_warmup_steps))
+                group["lr"] = rate * factor(step)
             if not skip:
                 optimizer.step()
             elif accelerator.scaler:

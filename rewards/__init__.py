@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewards.base import Reward, check_inputs
+from rewards.base import Reward, check_inputs, features_of_each, share_towers
 from textcraftor.errors import UserError
 
 MODULES = {
@@ -28,7 +28,7 @@ NAMES = tuple(MODULES)
 def load_reward(name: str, root: Path | str, device: torch.device | str, dtype=torch.float32) -> Reward:
     """The reward `name` (of NAMES) from the weights below the folder `root`, frozen, its tower in `dtype`.
 
-    dtype is fp32 or bf16; features are normalised and compared in fp32 in any case. Raises UserError if files are
+    dtype is fp32, bf16 or fp16; features are normalised and compared in fp32 in any case. Raises UserError if files are
     missing or do not fit.
     """
     check_files([name], root)
@@ -86,7 +86,10 @@ def load_function(spec: str) -> FunctionReward:
 
 
 class RewardSum(nn.Module):
-    """total = sum of weight * scale * r over (reward, weight) pairs; their names must differ."""
+    """total = sum of weight * scale * r over (reward, weight) pairs; their names must differ.
+
+    Equal image towers, as of the aesthetic reward and of a CLIP reward with ViT-L/14, become one and run once.
+    """
 
     def __init__(self, weighted: list[tuple[nn.Module, float]]):
         super().__init__()
@@ -97,10 +100,17 @@ class RewardSum(nn.Module):
             raise UserError("no reward has a weight; give at least one, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
+        self.seeing = [reward for reward in self.rewards if isinstance(reward, Reward)]
+        share_towers(self.seeing)
 
     def forward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) in [0, 1], B prompts -> (total (B,) with gradient, {name: r (B,)} unscaled, detached)."""
-        scores = {reward.name: reward(images, prompts) for reward in self.rewards}
+        check_inputs(images, prompts)
+        features = dict(zip(self.seeing, features_of_each(self.seeing, images), strict=True))
+        scores = {
+            reward.name: reward.score(features[reward], prompts) if reward in features else reward(images, prompts)
+            for reward in self.rewards
+        }
         terms = [
             weight * reward.scale * scores[reward.name]
             for reward, weight in zip(self.rewards, self.weights, strict=True)

@@ -1,6 +1,7 @@
 """What every reward is: images and their prompts in, one score an image out, differentiable in the images."""
 
 import logging
+from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,11 @@ class Reward(nn.Module):
         super().__init__()
         self._text_cache: dict[str, Tensor] = {}
         self._warned = False
+
+    @property
+    def visual(self) -> nn.Module:
+        """The part of the tower that sees images: rewards with one in common share its forward pass."""
+        return self.tower
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, h, w) of the tower's size and dtype -> features (B, D)."""
@@ -77,7 +83,7 @@ class Reward(nn.Module):
         return features
 
     def frozen(self, device: torch.device | str, dtype: torch.dtype) -> "Reward":
-        """This reward in eval mode on `device`, nothing trainable, its tower in `dtype` (fp32 or bf16)."""
+        """This reward in eval mode on `device`, nothing trainable, its tower in `dtype`."""
         self.tower.to(dtype)
         return self.to(device).eval().requires_grad_(False)
 
@@ -93,6 +99,28 @@ class Reward(nn.Module):
                 f"{self.name}: {cut} of {len(prompts)} prompts exceed {self.context_length} tokens and are cut "
                 "(said once; later ones are cut too)"
             )
+
+
+def share_towers(rewards: list[Reward]) -> None:
+    """Let a reward that has an image tower only (the aesthetic one) use that of another, if they are equal."""
+    for reward, other in permutations(rewards, 2):
+        if reward.visual is reward.tower and _equal(reward.visual, other.visual):
+            reward.tower = other.visual
+
+
+def _equal(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks have the same layers (QuickGELU is not GELU) and weights."""
+    weights, others = first.state_dict(), second.state_dict()
+    return repr(first) == repr(second) and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def features_of_each(rewards: list[Reward], images: Tensor) -> list[Tensor]:
+    """Images (B, 3, H, W) in [0, 1] -> for each reward its unit features (B, D), each image tower run once."""
+    features = {}
+    for reward in rewards:
+        if reward.visual not in features:
+            features[reward.visual] = reward.image_features(images)
+    return [features[reward.visual] for reward in rewards]
 
 
 def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import open_clip
 from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewards.base import Reward
 from textcraftor.errors import UserError, first_line
@@ -24,8 +24,12 @@ class OpenClipReward(Reward):
         self.context_length = model.context_length
         self.tokenizer = tokenizer
 
+    @property
+    def visual(self) -> nn.Module:
+        return self.tower.visual
+
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.tower.encode_image(pixels)
+        return self.visual(pixels)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         return self.tower.encode_text(tokens)

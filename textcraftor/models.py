@@ -130,7 +130,7 @@ def embed_prompts(tokenizer, original_encoder, text_encoder, unconditional, prom
     if text_encoder is original_encoder:
         return original, original
     tuned = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
-    return original, torch.lerp(original, tuned, weighting)
+    return original, torch.lerp(original.to(tuned.dtype), tuned, weighting)
 
 
 def guidance_pair(embeddings):

@@ -1,5 +1,7 @@
 """DDIM sampling with classifier-free guidance, differentiable in its last steps (TextCraftor, section 4.2)."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
@@ -36,8 +38,12 @@ def prompt_noise(seed, indices, shape):
 
 
 def ddim_step(unet, scheduler, z, t, embeddings, guidance):
-    """One guided DDIM step: z_t (B, C, h, w), embeddings (2B, L, D), unconditional rows first -> z_{t-1}."""
-    epsilon = unet(torch.cat([z, z]), t, encoder_hidden_states=embeddings).sample.to(z.dtype)
+    """One guided DDIM step: z_t (B, C, h, w), embeddings (2B, L, D), unconditional rows first -> z_{t-1}.
+
+    The UNet computes in the type its weights have, guidance and the step itself in that of z.
+    """
+    dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
+    epsilon = unet(torch.cat([z, z]).to(dtype), t, encoder_hidden_states=embeddings.to(dtype)).sample.to(z.dtype)
     unconditional, conditional = epsilon.chunk(2)
     epsilon = unconditional + guidance * (conditional - unconditional)
     return scheduler.step(epsilon, t, z).prev_sample
@@ -67,11 +73,15 @@ def sample_latents(unet, scheduler, latents, original, tuned, guidance, grad_ste
 
 
 def decode(vae, latents, checkpoint=True):
-    """Latents z_0 (B, C, h, w) -> images (B, 3, H, W) clamped to [0, 1]; checkpoint as in sample_latents."""
+    """Latents z_0 (B, C, h, w) -> images (B, 3, H, W) clamped to [0, 1], in the type of z_0.
+
+    Image by image: at 512 x 512 one fills a GPU, and with checkpoint=True memory holds one image's activations only.
+    """
 
     def image(z):
-        return (vae.decode(z / vae.config.scaling_factor).sample.to(z.dtype) / 2 + 0.5).clamp(0, 1)
+        decoded = vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample
+        return (decoded.to(z.dtype) / 2 + 0.5).clamp(0, 1)
 
     if checkpoint:
-        return recompute_in_backward(image, latents, use_reentrant=False, preserve_rng_state=False)
-    return image(latents)
+        image = partial(recompute_in_backward, image, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([image(z) for z in latents.split(1)])

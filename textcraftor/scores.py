@@ -10,6 +10,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import hpsv2
 from rewards import check_files, load_reward
+from rewards.base import features_of_each
 from textcraftor.errors import UserError, first_line
 from textcraftor.options import check_all
 
@@ -43,7 +44,9 @@ def score_images(scorers, images, prompts):
 
     Scores are rewards without their scale and weight.
     """
-    columns = [scorer.score(scorer.image_features(images.float()), prompts).tolist() for scorer in scorers.values()]
+    features = features_of_each(list(scorers.values()), images.float())
+    pairs = zip(scorers.values(), features, strict=True)
+    columns = [scorer.score(feature, prompts).tolist() for scorer, feature in pairs]
     # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
     rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
     return [dict(zip(scorers, row, strict=True)) for row in rows]
