@@ -506,7 +506,7 @@ def test_two_processes_train_as_one_with_the_double_batch(work, five_steps, trai
 # FSDP, which accelerate knows on GPUs only, made to run on CPUs; nothing else is changed.
 FSDP_ON_CPU = """
 import sys
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 start = AcceleratorState.__init__
@@ -514,7 +514,8 @@ start = AcceleratorState.__init__
 def start_on_cpu(self, *arguments, fsdp_plugin=None, **options):
     start(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin:
-        self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": fsdp_plugin}
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 AcceleratorState.__init__ = start_on_cpu
 sys.path.insert(0, sys.argv.pop(1))
