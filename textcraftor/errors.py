@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-import traceback
 
 
 class UserError(Exception):
@@ -29,8 +28,7 @@ def run_program(main) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely all have this error: let rank 0 say it
         sys.exit(f"error: {error}")
-    except Exception as error:
-        frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        if frame.f_globals["__name__"].startswith("torch.distributed"):
-            time.sleep(30)  # what failed is another process, in the middle of an exchange with this one
+    except RuntimeError as error:
+        if any(backend in str(error) for backend in ("gloo", "NCCL")):
+            time.sleep(30)  # an exchange has failed, most likely as another process has: the launcher ends this one
         raise
