@@ -354,6 +354,16 @@ def test_all_that_is_missing_is_said_at_once(work):
         assert name in str(error.value)
 
 
+def test_bad_rows_are_said_and_skipped(work, command, capsys):
+    (work / "bad.csv").write_bytes(b"prompt,raw\n" + b"a caf\xe9,1\n" * 12 + b'a fox,1\na cat,1\na dog,1\n"a d')
+    (work / "held.txt").write_bytes(b"a fox\n\xff\na car\n")
+    train(*command, "--prompts", "bad.csv", "--val_prompts", "held.txt", "--max_steps", 1)
+    said = capsys.readouterr().out
+    assert "bad.csv: 2 prompts to train on, 2 held out" in said
+    assert "bad.csv: 13 bad rows skipped, at line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 …" in said
+    assert "held.txt: 1 bad rows skipped, at line 2\n" in said
+
+
 def test_the_script_exits_with_the_line_alone(work):
     done = script("--grad_steps", 30)
     assert done.returncode != 0 and done.stdout == ""
