@@ -183,8 +183,8 @@ def _rows(data, line, layout):
 
 
 def _clean_rows(data, layout):
-    """Read a column of rows, bytes of a table -> texts, or None if any row is bad or in doubt. Twenty times as fast as
-    _any_rows, and without Python's lock."""
+    """Read a column of rows, bytes of a table -> texts, or None if any row is bad or in doubt. Faster than _any_rows,
+    and mostly without Python's lock."""
     separator, width, column = layout
     codes = np.frombuffer(data, np.uint8)
     quotes = np.flatnonzero(codes == ord('"'))
