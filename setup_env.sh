@@ -25,13 +25,31 @@ sys.exit(not all(map(find_spec, ("torch", "accelerate", "diffusers", "transforme
 fi
 
 # Run a program of this folder, $1, on every visible GPU, or on the CPU of a machine without; the rest is its arguments.
+# On several nodes, run the same command on each: NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, as for torchrun, say
+# which this is and where the first is; within `srun`, of one task a node, Slurm says the first two.
 launch() {
     program=$repository/$1
     shift
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
-    if [ "$gpus" -gt 1 ]; then
-        set -- accelerate launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no \
-            --dynamo_backend no "$program" "$@"
+    nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
+    node=${NODE_RANK:-${SLURM_NODEID:-0}}
+    if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+        echo "error: $nodes nodes, but MASTER_ADDR is not set; give the first node's name or address in it" >&2
+        exit 1
+    fi
+    if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-$nodes}" -gt "$nodes" ]; then
+        echo "error: srun started $SLURM_STEP_NUM_TASKS tasks on $nodes nodes; one a node starts all of its GPUs:" \
+            "srun --ntasks-per-node=1" >&2
+        exit 1
+    fi
+    if [ "$nodes" -gt 1 ] && [ "$gpus" -eq 0 ]; then
+        echo "error: $nodes nodes, but no GPU is visible on this one" >&2
+        exit 1
+    fi
+    if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
+        set -- accelerate launch --multi_gpu --num_machines "$nodes" --machine_rank "$node" \
+            --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}" \
+            --num_processes "$((gpus * nodes))" --mixed_precision no --dynamo_backend no "$program" "$@"
     else
         set -- python "$program" "$@"
     fi

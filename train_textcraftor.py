@@ -22,7 +22,6 @@ import math
 import time
 from itertools import islice, takewhile
 from pathlib import Path
-from zlib import crc32
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, check_all, make_parser, require, reward_specs
@@ -132,7 +131,7 @@ def main(argv=None):
     # Imported only now: whatever is wrong above is said at once.
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import AutocastKwargs, GradScalerKwargs, set_seed
+    from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, set_seed
     from diffusers.optimization import get_scheduler
     from torch.utils.data import DataLoader
     from tqdm import tqdm
@@ -141,7 +140,7 @@ def main(argv=None):
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
     from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries
-    from textcraftor.prompts import check_prompts, hold_out, read_prompts
+    from textcraftor.prompts import check_prompts, checksum, hold_out, read_prompts
     from textcraftor.sampling import decode, make_scheduler, sample_latents
     from textcraftor.stream import PromptStream, batches
     from textcraftor.validation import TEST_GRAD_STEPS, comparison, load_look, save_look, validate, validation_noise
@@ -155,16 +154,23 @@ def main(argv=None):
     check_all(checks)
     functions = {spec: load_function(spec) for spec in (*weighted, *monitored) if ":" in spec}
     prompts, dropped = read_prompts(args.prompts)
-    prompts, held_out = hold_out(prompts, read_prompts(args.val_prompts)[0] if args.val_prompts else [], args.val_count)
+    to_hold_out, val_dropped = read_prompts(args.val_prompts) if args.val_prompts else ([], {"bad": []})
+    prompts, held_out = hold_out(prompts, to_hold_out, args.val_count)
 
-    # Processes and precision. No DistributedDataParallel: it expects a network to run once a backward, the UNet runs
-    # K times or 2 K; gradients are averaged below. Autocast must not cache: it may reuse weights cast without gradient.
-    # fp16's loss scale is halved after each step that it makes infinite: MOST_SKIPS in a row bring it from 2^10 to 1.
+    # Processes and precision. DistributedDataParallel averages gradients, the UNet's too, though it runs K times or 2 K
+    # for one backward: a weight's gradient is handed on after the last. Buffers are constants; to broadcast them would
+    # have processes wait for each other in validation. Autocast must not cache: it may reuse weights cast without
+    # gradient. fp16's loss scale is halved after each step that it makes infinite: MOST_SKIPS bring it from 2^10 to 1.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output,
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS)],
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS),
+                         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
+    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
+        raise UserError(f"{accelerator.distributed_type.value}: to split a network, take FSDP, version 2")
+    if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
+        raise UserError("FSDP: splits one network; train the text encoder and the UNet one after the other")
     if args.mixed_precision == "fp16" and device.type not in HAS_FP16:
         raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take bf16 or no")
     low_precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -178,6 +184,9 @@ def main(argv=None):
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
     )
+    for path, bad in (args.prompts, dropped["bad"]), (args.val_prompts, val_dropped["bad"]):
+        if bad:
+            say(f"{path}: {len(bad)} bad rows skipped, at line {', '.join(map(str, bad[:10]))}{' …' * (len(bad) > 10)}")
 
     # Model. What is frozen is kept in low precision and computes in it; what trains is fp32, under autocast.
     tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
@@ -215,19 +224,24 @@ def main(argv=None):
     trained = {"tc_text": (text_encoder, args.lr_text, checkpoints.save_text_encoder)} if args.lr_text else {}
     trained |= {"tc_unet": (unet, args.lr_unet, checkpoints.save_unet)} if args.lr_unet else {}
     groups = [{"params": list(net.requires_grad_().parameters()), "lr": lr} for net, lr, _ in trained.values()]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = accelerator.prepare(torch.optim.AdamW(groups))
-    for network, _, _ in trained.values():
-        accelerator.prepare_model(network, evaluation_mode=True)  # autocast, and part of the saved state; not wrapped
+    if accelerator.is_fsdp2:
+        unet.to(memory_format=torch.contiguous_format)  # it splits no other
+    networks = [network for network, _, _ in trained.values()]
+    *networks, optimizer = accelerator.prepare(*networks, torch.optim.AdamW(groups))
+    text_encoder = networks[0] if args.lr_text else text_encoder
+    unet = networks[-1] if args.lr_unet else unet
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def write_weights(suffix=""):
-        for name, (network, _, write) in trained.items():
-            write(network, output / f"{name}{suffix}.safetensors")
+        for (name, (_, _, write)), network in zip(trained.items(), networks, strict=True):
+            state = accelerator.get_state_dict(network)  # from all processes, if each holds a part
+            if is_main:
+                write(state, output / f"{name}{suffix}.safetensors")
 
     def save(step):
+        write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
+        write_weights()
         if is_main:
-            write_weights(f"_e_{(step * global_batch - 1) // len(prompts)}_iter_{step}")
-            write_weights()
             pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
         checkpoints.save_state(accelerator, output / "resume", step)
 
@@ -235,7 +249,7 @@ def main(argv=None):
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
     columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     options = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
-    options |= {"images a step": global_batch, "checksum of prompts": crc32(repr((prompts, held_out)).encode())}
+    options |= {"images a step": global_batch, "checksum of prompts": [checksum(prompts), checksum(held_out)]}
     record, first_step = Record(output, columns, writes=is_main), 0
     if args.resume:
         state, first_step = checkpoints.last_state(output / "resume")
@@ -255,7 +269,7 @@ def main(argv=None):
             return generate(batch, validation_noise(indices, latent_shape), min(args.step, TEST_GRAD_STEPS))
 
         scores, images = validate(accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID)
-        if is_main and count == len(held_out) and scores["total"].mean() > record.best("val_total"):
+        if count == len(held_out) and scores["total"].mean() > record.best("val_total"):
             write_weights("_best")
         if is_main and args.sample_every:
             path = output / "samples" / f"step_{step:06d}.png"
@@ -294,8 +308,6 @@ def main(argv=None):
                 accelerator.backward(-total.mean() / accumulation)
                 cut += count_cut(tokenizer, batch["prompt"])
                 parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in names)]))
-            for parameter in parameters if accelerator.num_processes > 1 else ():
-                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
             # Means over all processes, from which each of them decides the same.

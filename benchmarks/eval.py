@@ -147,7 +147,7 @@ def another_encoder(model, path):
     generator = torch.Generator().manual_seed(0)
     for weight in encoder.parameters():
         weight.data += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
-    save_text_encoder(encoder, path)
+    save_text_encoder(encoder.state_dict(), path)
 
 
 def table(*rows):

@@ -37,7 +37,7 @@ def assert_same(network, other):
 
 def test_text_encoder_goes_out_under_the_old_names_and_comes_back(model, tmp_path):
     encoder = refilled(model[1], 0.001)
-    save_text_encoder(encoder, tmp_path / "new" / "tc_text.safetensors")
+    save_text_encoder(encoder.state_dict(), tmp_path / "new" / "tc_text.safetensors")
     state = load_file(tmp_path / "new" / "tc_text.safetensors")
     assert all(name.startswith("text_model.") for name in state)
     with safe_open(tmp_path / "new" / "tc_text.safetensors", "pt") as file:
@@ -52,8 +52,8 @@ def test_text_encoder_goes_out_under_the_old_names_and_comes_back(model, tmp_pat
 def test_exported_weights_load_where_users_put_them(model, stable_diffusion, tmp_path):
     folder = shutil.copytree(stable_diffusion, tmp_path / "model")
     encoder, unet = refilled(model[1], 0.001), refilled(model[2], 0.001)
-    save_text_encoder(encoder, folder / "text_encoder" / "model.safetensors")
-    save_unet(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_text_encoder(encoder.state_dict(), folder / "text_encoder" / "model.safetensors")
+    save_unet(unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors")
     loaded, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_same(loaded, encoder)
@@ -153,7 +153,7 @@ def test_what_is_no_checkpoint_is_refused(model, tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     path = tmp_path / "tc_text.safetensors"
-    save_text_encoder(refilled(model[1], 0.001), path)
+    save_text_encoder(refilled(model[1], 0.001).state_dict(), path)
     before = path.read_bytes()
 
     def half(tensors, unfinished, **options):
@@ -162,7 +162,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
-        save_text_encoder(model[1], path)
+        save_text_encoder(model[1].state_dict(), path)
     assert path.read_bytes() == before
 
 

@@ -29,7 +29,7 @@ def tuned_path(stable_diffusion, tmp_path_factory):
     for weight in encoder.parameters():
         weight.data += weight.std() * torch.randn(weight.shape, generator=generator)
     path = tmp_path_factory.mktemp("tuned") / "tc_text.safetensors"
-    save_text_encoder(encoder, path)
+    save_text_encoder(encoder.state_dict(), path)
     return path
 
 
@@ -164,7 +164,7 @@ def test_tuned_weights_come_in_every_form(stable_diffusion, tuned_path, tmp_path
 
     for weight in unet.parameters():
         weight.data *= 1.1
-    save_unet(unet, tmp_path / "tc_unet.safetensors")
+    save_unet(unet.state_dict(), tmp_path / "tc_unet.safetensors")
     unet.save_pretrained(tmp_path / "model" / "unet")
     for path in (tmp_path / "tc_unet.safetensors", tmp_path / "model", tmp_path / "model" / "unet"):
         pipeline, encoder = load_pipeline(str(stable_diffusion), "DDIM", T, unet_path=str(path))

@@ -5,12 +5,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from textcraftor import prompts as prompt_files
 from textcraftor.errors import UserError
-from textcraftor.prompts import hold_out, read_prompts
+from textcraftor.prompts import checksum, hold_out, read_prompts
 from textcraftor.sampling import prompt_noise
 from textcraftor.stream import PromptStream, batches
 
@@ -33,7 +35,7 @@ def test_every_table_gives_the_same_prompts(tmp_path, suffix, column):
         table.to_parquet(path)
     else:
         path.write_text("\n".join(json.dumps(row) for row in table.to_dict("records")), encoding="utf-8")
-    assert read_prompts(path) == (PROMPTS, {"empty": 1, "duplicate": 1})
+    assert read_prompts(path) == (PROMPTS, {"empty": 1, "duplicate": 1, "bad": []})
 
 
 def test_without_a_column_prompt_the_first_is_read(tmp_path):
@@ -46,7 +48,7 @@ def test_text_is_one_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("a cat, sitting\r\n\n a dog\u2028barking\x0c! \na cat, sitting", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt") == (
         ["a cat, sitting", "a dog\u2028barking\x0c!"],
-        {"empty": 1, "duplicate": 1},
+        {"empty": 1, "duplicate": 1, "bad": []},
     )
 
 
@@ -59,8 +61,8 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name, content):
 def test_missing_values_are_empty(tmp_path):
     pd.DataFrame({"prompt": ["a cat", None]}).to_parquet(tmp_path / "p.parquet")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": null}\n\n"a dog"\n')
-    assert read_prompts(tmp_path / "p.parquet") == (["a cat"], {"empty": 1, "duplicate": 0})
-    assert read_prompts(tmp_path / "p.jsonl") == (["a cat", "a dog"], {"empty": 1, "duplicate": 0})
+    assert read_prompts(tmp_path / "p.parquet") == (["a cat"], {"empty": 1, "duplicate": 0, "bad": []})
+    assert read_prompts(tmp_path / "p.jsonl") == (["a cat", "a dog"], {"empty": 1, "duplicate": 0, "bad": []})
 
 
 @pytest.mark.parametrize(
@@ -71,20 +73,106 @@ def test_missing_values_are_empty(tmp_path):
         ("p.csv", "", "no rows"),
         ("p.csv", "prompt,raw_data\n", "no rows"),
         ("p.csv", "prompt,raw_data\n,x\n  ,y\n", "no usable prompts"),
-        ("p.csv", 'prompt\n"never closed\n', "not a readable csv"),
+        ("p.csv", 'prompt\n"never closed\n', "0 rows are empty and 1 unreadable"),
+        ("p.csv", '"prompt\na fox\n', "not a readable csv"),
         ("p.txt", "", "no rows"),
-        ("p.jsonl", '{"prompt": "a"}\nnot json\n', "not a readable jsonl"),
-        ("p.jsonl", "5\n", "not a readable jsonl"),
-        ("p.jsonl", "{}\n", "not a readable jsonl"),
+        ("p.csv", "prompt\na fox\n".encode("utf-16"), "expected UTF-8"),
+        ("p.jsonl", "5\n{}\nnot json\n", "0 rows are empty and 3 unreadable"),
         ("p.parquet", "not parquet", "not a readable parquet"),
     ],
 )
 def test_bad_files_are_named_in_one_line(tmp_path, name, content, problem):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         read_prompts(tmp_path / name)
     assert problem in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+# Bad rows: skipped, their lines named, and none beside them lost.
+
+
+@pytest.mark.parametrize(
+    "content, prompts, bad",
+    [
+        (b'prompt,raw\na fox,1\n"a dog, sitt', ["a fox"], [3]),  # a download that broke off
+        (b"prompt,raw\na fox,1\na dog sitt", ["a fox"], [3]),
+        (b'prompt,raw\n"a fox,1\na cat,"{""b"": 2}"\na dog,3\n', ["a cat", "a dog"], [2]),
+        (b'prompt,raw\n"a fox,1\n"a cat","{}"\na dog,3\n', ["a cat", "a dog"], [2]),
+        (b'prompt,raw\n"a "red" fox",1\na dog,3\n', ["a dog"], [2]),
+        (b'prompt,raw\na 5" fox,1\na dog,3\n', ['a 5" fox', "a dog"], []),  # no mark at its start: not quoted
+        (b"prompt,raw\na fox, red,1\na dog,3\n", ["a dog"], [2]),
+        (b"prompt,raw\na \0fox,1\na dog,3\n", ["a dog"], [2]),
+        (b"prompt,raw\na caf\xe9,1\na dog,3\xe9\n", ["a dog"], [2]),  # what is not read may be anything
+        (b'prompt,raw\n"two\nlines",1\n"and\r\nthr\xe9e\nlines",1\n\na dog,3', ["two\nlines", "a dog"], [4]),
+        (b"prompt\r\na fox\r\na d\rog\r\na cat\r\n", ["a fox", "a cat"], [3]),
+        (b'prompt\n"a fox\n' + b"row\n" * 200_000 + b'"\na dog\n', ["row", "a dog"], [2, 200_003]),
+    ],
+)
+@pytest.mark.parametrize("block", [7, 2**20])
+def test_bad_rows_of_a_table(tmp_path, monkeypatch, content, prompts, bad, block):
+    monkeypatch.setattr(prompt_files, "BLOCK", max(block, len(content) // 100))
+    (tmp_path / "p.csv").write_bytes(content)
+    found, dropped = read_prompts(tmp_path / "p.csv")
+    assert (found, dropped["bad"]) == (prompts, bad)
+
+
+@pytest.mark.parametrize("name, content, prompts, bad", [
+    ("p.txt", b"a fox\na caf\xe9\n\0\na dog", ["a fox", "a dog"], [2, 3]),
+    ("p.jsonl", b'"a fox"\nnot json\n{"prompt": "\\ud800"}\n\n"a dog"\n{"prom', ["a fox", "a dog"], [2, 3, 6]),
+    ("p.tsv", b'prompt\tn\n"Hi!" said\t1\na "fox"\t2\n"a dog"\t3\n"a\t4', ['"Hi!" said', 'a "fox"', "a dog", '"a'], []),
+])  # fmt: skip
+def test_bad_rows_of_other_files(tmp_path, monkeypatch, name, content, prompts, bad):
+    monkeypatch.setattr(prompt_files, "LINES", 2)
+    (tmp_path / name).write_bytes(content)
+    found, dropped = read_prompts(tmp_path / name)
+    assert (found, dropped["bad"]) == (prompts, bad)
+
+
+def row_by_row(path):
+    """The reference: Python's csv module and nothing else, for a table without line breaks in its cells."""
+    prompts, bad = {}, []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            row = next(csv.reader([line.decode("latin-1")], strict=True), None)
+            prompt = row and row[0].encode("latin-1").decode().strip()
+        except (csv.Error, ValueError):
+            row = prompt = "bad"
+        if number > 1 and row:
+            if len(row) != 2 or "\0" in prompt:
+                bad.append(number)
+            elif prompt:
+                prompts[prompt] = None
+    return list(prompts), bad
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_tables_lose_their_damaged_rows_alone(tmp_path, monkeypatch, seed):
+    """Thousands of rows of which some have lost, gained or changed a byte; blocks of which most have no such row."""
+    random = np.random.default_rng(seed)
+    words = ["fox", "5", ",", '"', "é", " ", "{}", "'", "狐"]
+    table = pd.DataFrame({
+        "prompt": ["row " + "".join(random.choice(words, 6)) for _ in range(2000)],
+        "raw": [json.dumps({"a": int(n)}) for n in range(2000)],
+    })  # fmt: skip
+    lines = table.to_csv(index=False).encode().rstrip(b"\n").split(b"\n")
+    for number in random.choice(np.arange(1, 2001), 12, replace=False):
+        line = bytearray(lines[number])
+        place = random.integers(len(line))
+        line[place : place + random.integers(2)] = random.choice([b"", b"\0", b"\xff", b",", b"x"])
+        lines[number] = bytes(line)
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(prompt_files, "BLOCK", 2000)
+    prompts, dropped = read_prompts(path)
+    expected, bad = row_by_row(path)
+    assert dropped["bad"] == bad and prompts == expected
+
+
+def test_the_checksum_is_that_of_the_order():
+    first, second = ["a", "b"] * 3, ["b", "a"] * 3
+    assert checksum(first) == checksum(list(first)) != checksum(second)
+    assert checksum(["a, b"]) != checksum(["a", "b"])
 
 
 @needs_data
@@ -94,13 +182,14 @@ def test_real_open_prompts():
     assert len(rows) == 998 and rows.count("") == 9 and len(set(rows)) == 985
     prompts, dropped = read_prompts(DATA / "open-prompts-1k.csv")
     assert prompts == list(dict.fromkeys(row.strip() for row in rows if row.strip()))
-    assert dropped == {"empty": 9, "duplicate": 998 - 9 - len(prompts)}
+    assert dropped == {"empty": 9, "duplicate": 998 - 9 - len(prompts), "bad": []}
     assert max(map(len, prompts)) == 932
 
 
 @needs_data
 def test_real_benchmarks():
-    assert len(read_prompts(DATA / "PartiPrompts.tsv")[0]) == 1632
+    parti, dropped = read_prompts(DATA / "PartiPrompts.tsv")
+    assert len(parti) == 1632 and not dropped["bad"] and any(prompt.startswith('"G I G G L E"') for prompt in parti)
     assert len(read_prompts(DATA / "hpdv2-prompts-750.txt")[0]) == 750
 
 

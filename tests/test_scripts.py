@@ -29,7 +29,8 @@ def repository(tmp_path):
 
 
 def run(script, *arguments, path, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    unset = ("VIRTUAL_ENV", "CONDA_PREFIX", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {name: value for name, value in os.environ.items() if name not in unset and not name.startswith("SLURM_")}
     return subprocess.run(
         ["sh", str(script), *arguments], env=clean | {"PATH": f"{path}:{os.environ['PATH']}"} | environment,
         capture_output=True, text=True, timeout=60,
@@ -72,6 +73,42 @@ def test_benchmarks_take_the_papers_text_encoder_and_pass_flags_on(repository, a
     assert "--num_processes 2 " in two.stdout and two.stdout.endswith(f"{program} {paper} --limit 8\n")
     miniature = run(repository / script, "--model", "miniature", path=active, GPUS="0", **environment)
     assert miniature.stdout == f"{program} --model miniature\n", miniature.stderr
+
+
+TORCHRUN = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
+# What Slurm sets in `srun --nodes 2 --ntasks-per-node 1`, and in a batch script that runs on the first of two nodes.
+SRUN = {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1"}
+BATCH = {"SLURM_NNODES": "2", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize("script", ["run_textcraftor.sh", *BENCHMARKS])
+@pytest.mark.parametrize(
+    "variables, gpus, options",
+    [
+        (TORCHRUN, 8, "--num_machines 2 --machine_rank 1 --main_process_ip node7 --main_process_port 1234 16"),
+        (SRUN | {"MASTER_ADDR": "n1"}, 1,
+         "--num_machines 2 --machine_rank 1 --main_process_ip n1 --main_process_port 29500 2"),
+        (BATCH, 2, "--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 29500 2"),
+    ],
+)  # fmt: skip
+def test_several_nodes(repository, active, script, variables, gpus, options):
+    done = run(repository / script, path=active, GPUS=str(gpus), VIRTUAL_ENV="/env", LACKS="0", **variables)
+    *options, processes = options.split()
+    assert done.stdout.startswith(f"accelerate launch --multi_gpu {' '.join(options)} --num_processes {processes} ")
+
+
+@pytest.mark.parametrize(
+    "variables, gpus, problem",
+    [
+        ({"NNODES": "2", "NODE_RANK": "1"}, 8, "MASTER_ADDR"),
+        (TORCHRUN, 0, "no GPU"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "16", "MASTER_ADDR": "n1"}, 8, "--ntasks-per-node=1"),
+    ],
+)
+def test_nodes_that_cannot_find_each_other(repository, active, variables, gpus, problem):
+    environment = {"VIRTUAL_ENV": "/env", "LACKS": "0"} | variables
+    done = run(repository / "run_textcraftor.sh", path=active, GPUS=str(gpus), **environment)
+    assert done.returncode == 1 and problem in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
 
 
 def test_an_active_environment_is_not_filled(repository, active):

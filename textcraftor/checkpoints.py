@@ -13,9 +13,9 @@ from textcraftor.errors import UserError
 from textcraftor.weights import load_strictly, read_weights
 
 
-def save_text_encoder(text_encoder, path):
-    """Write a CLIPTextModel as fp32 safetensors with keys `text_model.…` (gone from transformers 5 itself)."""
-    save_tensors({f"text_model.{_bare(key)}": value.float() for key, value in text_encoder.state_dict().items()}, path)
+def save_text_encoder(state, path):
+    """Write a CLIPTextModel's state dict as fp32 safetensors, keys `text_model.…` (gone from transformers 5 itself)."""
+    save_tensors({f"text_model.{_bare(key)}": value.float() for key, value in state.items()}, path)
 
 
 def load_text_encoder(text_encoder, path):
@@ -34,9 +34,9 @@ def fill_text_encoder(text_encoder, state, path):
     load_strictly(text_encoder, {own.get(_bare(key), key): value for key, value in state.items()}, path)
 
 
-def save_unet(unet, path):
-    """Write a UNet2DConditionModel as fp32 safetensors with diffusers' own keys."""
-    save_tensors({key: value.float() for key, value in unet.state_dict().items()}, path)
+def save_unet(state, path):
+    """Write the state dict of a UNet2DConditionModel as fp32 safetensors with diffusers' own keys."""
+    save_tensors({key: value.float() for key, value in state.items()}, path)
 
 
 def load_unet(unet, path):

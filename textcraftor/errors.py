@@ -18,10 +18,17 @@ def first_line(error: Exception) -> str:
 
 
 def run_program(main) -> None:
-    """Call main(); a UserError ends the process with its one line."""
+    """Call main(); a UserError ends the process with its one line.
+
+    Of several processes only the one that failed speaks: the launcher ends the others, which wait for that.
+    """
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # the launcher ends all processes after the first: let rank 0 say it
+            time.sleep(5)  # most likely all have this error: let rank 0 say it
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if any(backend in str(error) for backend in ("gloo", "NCCL")):
+            time.sleep(30)  # an exchange has failed, most likely as another process has: the launcher ends this one
+        raise

@@ -42,8 +42,8 @@ def ddim_step(unet, scheduler, z, t, embeddings, guidance):
 
     The UNet computes in the type its weights have, guidance and the step itself in that of z.
     """
-    inputs, embeddings = torch.cat([z, z]).to(unet.dtype), embeddings.to(unet.dtype)
-    epsilon = unet(inputs, t, encoder_hidden_states=embeddings).sample.to(z.dtype)
+    dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
+    epsilon = unet(torch.cat([z, z]).to(dtype), t, encoder_hidden_states=embeddings.to(dtype)).sample.to(z.dtype)
     unconditional, conditional = epsilon.chunk(2)
     epsilon = unconditional + guidance * (conditional - unconditional)
     return scheduler.step(epsilon, t, z).prev_sample

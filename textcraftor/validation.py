@@ -16,21 +16,23 @@ def validate(accelerator, generate, rewards, monitors, prompts, batch_size, keep
     """Score the images of held-out prompts, each from its own fixed noise.
 
     generate: (prompts, indices) -> images (B, 3, H, W) in [0, 1]; rewards: a RewardSum; monitors: rewards that are
-    scored only. The batches are shared among the processes.
+    scored only. The batches are shared among the processes, and each makes as many, for those that share a network.
     Returns ({name: (N,) float64 scores, unscaled; "total": their weighted sum}, first `keep` images, uint8 on the CPU).
     """
-    starts = range(0, len(prompts), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    starts = list(range(0, len(prompts), batch_size))
+    starts += starts[-1:] * (-len(starts) % accelerator.num_processes)
     parts = []
-    for start in starts:
+    for start in starts[accelerator.process_index :: accelerator.num_processes]:
         batch = prompts[start : start + batch_size]
         images = generate(batch, range(start, start + len(batch)))
         total, scores = rewards(images, batch)
         scores = {"total": total, **scores, **{monitor.name: monitor(images, batch) for monitor in monitors}}
         pixels = (images[: max(0, keep - start)] * 255).round().to(torch.uint8).cpu()
         parts.append((start, {name: score.double().cpu() for name, score in scores.items()}, pixels))
-    parts = sorted(gather_object(parts), key=lambda part: part[0])
-    scores = {name: torch.cat([scores[name] for _, scores, _ in parts]) for name in parts[0][1]}
-    return scores, torch.cat([pixels for _, _, pixels in parts])
+    by_start = {start: (scores, pixels) for start, scores, pixels in gather_object(parts)}
+    parts = [by_start[start] for start in sorted(by_start)]
+    scores = {name: torch.cat([scores[name] for scores, _ in parts]) for name in parts[0][0]}
+    return scores, torch.cat([pixels for _, pixels in parts])
 
 
 def validation_noise(indices, shape):

@@ -1,0 +1,90 @@
+"""How long, and in how much memory, the prompts of a table as large as openprompts.csv are read.
+
+    python benchmarks/prompts.py --folder /tmp
+
+Builds a csv of 3 GB below the folder from real rows, reads it in fresh processes, in turn, and removes it:
+    whole   pandas.read_csv of all columns, what the targets are relative to
+    column  pandas.read_csv of the column `prompt`, its distinct prompts as a list of strings
+    ours    textcraftor.prompts: read_prompts, hold_out and checksum, all that training does with them
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROWS = REPOSITORY.parent / "shared" / "data" / "open-prompts-1k.csv"
+sys.path.insert(0, str(REPOSITORY))
+
+
+def build(path, rows, size):
+    """Write `size` bytes of `rows` (prompt, raw_data), over and over, to `path`, each time with other last letters."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["prompt", "raw_data"])
+        turn = 0
+        while file.tell() < size:
+            writer.writerows((prompt and f"{prompt[:-5]}{turn:5d}", data) for prompt, data in rows)
+            turn += 1
+
+
+def read(how, path):
+    """Read as in the module's docstring -> seconds, peak memory of this process in bytes, number of prompts."""
+    import pandas as pd
+
+    from textcraftor.prompts import checksum, hold_out, read_prompts
+
+    began = time.perf_counter()
+    if how == "whole":
+        prompts = pd.read_csv(path)
+    elif how == "column":
+        column = pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"].tolist()
+        prompts = list(dict.fromkeys(filter(None, (prompt.strip() for prompt in column))))
+    else:
+        prompts, held_out = hold_out(read_prompts(path)[0], [], 16)
+        checksum(prompts)
+    seconds = time.perf_counter() - began
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(prompts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the csv lies for a while")
+    parser.add_argument("--rows", default=str(ROWS), help="csv of real rows with the columns prompt and raw_data")
+    parser.add_argument("--gigabytes", type=float, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read:
+        print(json.dumps(read(*args.read)))
+        return
+
+    with open(args.rows, newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    results = {"whole": [], "column": [], "ours": []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "openprompts.csv"
+        build(path, rows, args.gigabytes * 1e9)
+        print(f"{path.stat().st_size / 1e9:.2f} GB; the machine has {os.cpu_count()} cores")
+        for _ in range(args.rounds):
+            for how, measured in results.items():
+                command = [sys.executable, __file__, "--read", how, str(path)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                measured.append(json.loads(done.stdout))
+                seconds, peak, count = measured[-1]
+                print(f"{how:<8}{seconds:8.1f} s{peak / 1e9:8.2f} GB{count:12,} prompts", flush=True)
+    best = {how: [min(values) for values in zip(*measured, strict=True)] for how, measured in results.items()}
+    for how in ("column", "ours"):
+        ratios = [mine / whole for mine, whole in zip(best[how], best["whole"], strict=True)]
+        print(f"{how} : whole   time {ratios[0]:.2f}   peak memory {ratios[1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
