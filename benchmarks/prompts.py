@@ -1,6 +1,8 @@
-"""How long, and in how much memory, the prompts of a table as large as openprompts.csv are read.
+"""
+How long, and in how much memory, the prompts of a table as large as openprompts.csv are read.
 
-    python benchmarks/prompts.py --folder /tmp
+$ head -n 1000 openprompts.csv > rows.csv
+$ python -m benchmarks.prompts --rows rows.csv --folder /tmp
 
 Builds a csv of 3 GB below the folder from real rows, reads it in fresh processes, in turn, and removes it:
     whole   pandas.read_csv of all columns, what the targets are relative to
@@ -17,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
+from textcraftor.errors import UserError, run_program
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-ROWS = REPOSITORY.parent / "shared" / "data" / "open-prompts-1k.csv"
-sys.path.insert(0, str(REPOSITORY))
 
 
 def build(path, rows, size):
@@ -57,7 +60,7 @@ def read(how, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the csv lies for a while")
-    parser.add_argument("--rows", default=str(ROWS), help="csv of real rows with the columns prompt and raw_data")
+    parser.add_argument("--rows", default="openprompts.csv", help="real ones: the first 1,000 of this csv are varied")
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
@@ -66,8 +69,10 @@ def main():
         print(json.dumps(read(*args.read)))
         return
 
+    if not Path(args.rows).is_file():
+        raise UserError(f"--rows {args.rows}: no such file; expected a csv with the columns prompt and raw_data")
     with open(args.rows, newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
+        _, *rows = islice(csv.reader(file), 1001)
     results = {"whole": [], "column": [], "ours": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "openprompts.csv"
@@ -75,8 +80,8 @@ def main():
         print(f"{path.stat().st_size / 1e9:.2f} GB; the machine has {os.cpu_count()} cores")
         for _ in range(args.rounds):
             for how, measured in results.items():
-                command = [sys.executable, __file__, "--read", how, str(path)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                command = [sys.executable, "-m", "benchmarks.prompts", "--read", how, str(path)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
                 measured.append(json.loads(done.stdout))
                 seconds, peak, count = measured[-1]
                 print(f"{how:<8}{seconds:8.1f} s{peak / 1e9:8.2f} GB{count:12,} prompts", flush=True)
@@ -87,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
