@@ -105,8 +105,8 @@ def report(args, flops, peak, seconds=None):
 
 
 def count(args, scheduler):
-    """FLOPs of each part {name: number} and the most bytes alive in a step, of the second one: the optimizer's state
-    is there from its start. Runs on fake tensors, which have shapes and no contents."""
+    """FLOPs of each part of a step {name: number}, and the most bytes alive in the next: the optimizer's state is there
+    from its start. Runs on fake tensors, which have shapes and no contents."""
     flops = Counter()
 
     @contextlib.contextmanager
@@ -118,10 +118,10 @@ def count(args, scheduler):
     with FakeTensorMode(allow_non_fake_inputs=True):
         networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
         optimizer = make_optimizer(args, networks)
-        step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
+        step(args, part, networks, scheduler, optimizer, "cpu")
         states = [network.state_dict() for network in (*networks[:4], *networks[4])]
-        with LiveBytes([states, optimizer.state_dict()]) as memory:
-            step(args, part, networks, scheduler, optimizer, "cpu")
+        with LiveBytes([states, optimizer.state_dict()]) as memory:  # apart: the other counter keeps tensors alive
+            step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
     return flops, memory.peak
 
 
@@ -163,16 +163,19 @@ def step(args, part, networks, scheduler, optimizer, device):
     z_leaf = z.detach().requires_grad_()
     with part("VAE"):
         images = decode(vae, z_leaf, args.vae_checkpointing)
-    images_leaf = images.detach().requires_grad_()
+    images_leaf, terms = images.detach().requires_grad_(), {}
     for reward in rewards:
         # What RewardSum does, less its checks: they read values, which fake tensors do not have.
         if reward.name != "aesthetic":
             with part("rewards' texts"), torch.no_grad():
                 texts = normalize(reward.encode_text(reward.tokenize(prompts, reward.context_length).to(device)))
-        with part(f"{reward.name} and its backward"):
+        with part(reward.name):
             features = reward.image_features(images_leaf)
             score = reward.score(features, prompts) if reward.name == "aesthetic" else (features * texts).sum(dim=-1)
-            (-WEIGHTS[reward.name] * reward.scale * score.mean()).backward()
+            terms[reward.name] = -WEIGHTS[reward.name] * reward.scale * score.mean()
+    for name in list(terms):
+        with part(f"{name}'s backward"):
+            terms.pop(name).backward()
     with part("VAE's backward"):
         images.backward(images_leaf.grad)
     del images, images_leaf

@@ -127,7 +127,9 @@ def main(argv=None):
         run(name)  # the first one also makes the rewards' text features, and the gradients that the plain step keeps
         states = [network.state_dict(keep_vars=True) for network in (*networks[:4], *networks[4])]
         held = [parameter.grad for state in states for parameter in state.values() if parameter.grad is not None]
-        with FlopCounterMode(display=False) as counter, LiveBytes([states, held]) as memory:
+        with LiveBytes([states, held]) as memory:
+            run(name)
+        with FlopCounterMode(display=False) as counter:  # apart: it keeps tensors alive
             run(name)
         flops[name], peaks[name] = counter.get_total_flops(), memory.peak
         gradients[name] = torch.cat([parameter.grad.flatten() for parameter in networks[1].parameters()])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rewards.base import Reward, by_tower, check_inputs, share_towers
+from rewards.base import Reward, check_inputs, share_towers
 from textcraftor.errors import UserError
 
 MODULES = {
@@ -23,7 +23,6 @@ MODULES = {
     "hpsv2": "hpsv2",
 }
 NAMES = tuple(MODULES)
-GRADIENT_SCALE = 2.0**10  # keeps small gradients of fp16 towers above 0; a power of two changes no bit elsewhere
 
 
 def load_reward(name: str, root: Path | str, device: torch.device | str, dtype=torch.float32) -> Reward:
@@ -89,9 +88,7 @@ def load_function(spec: str) -> FunctionReward:
 class RewardSum(nn.Module):
     """total = sum of weight * scale * r over (reward, weight) pairs; their names must differ.
 
-    Equal image towers, as of the aesthetic reward and of a CLIP reward with ViT-L/14, become one and run once. The
-    gradient in the images is taken tower by tower, already in the forward pass, so that memory never holds the
-    activations of more than one; the backward pass only scales it.
+    Equal image towers, as of the aesthetic reward and of a CLIP reward with ViT-L/14, become one and run once.
     """
 
     def __init__(self, weighted: list[tuple[nn.Module, float]]):
@@ -103,49 +100,21 @@ class RewardSum(nn.Module):
             raise UserError("no reward has a weight; give at least one, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
-        seeing = [reward for reward in self.rewards if isinstance(reward, Reward)]
-        share_towers(seeing)
-        self.groups = [*by_tower(seeing), *([reward] for reward in self.rewards if reward not in seeing)]
+        share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
 
     def forward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W) in [0, 1], B prompts -> (total (B,) with gradient, {name: r (B,)} unscaled, detached).
-
-        The gradient is that of any loss in which all B totals have the same weight.
-        """
+        """Images (B, 3, H, W) in [0, 1], B prompts -> (total (B,) with gradient, {name: r (B,)} unscaled, detached)."""
         check_inputs(images, prompts)
-        leaf = images.detach().requires_grad_(images.requires_grad and torch.is_grad_enabled())
-        pairs = zip(self.rewards, self.weights, strict=True)
-        factors = {reward.name: weight * reward.scale for reward, weight in pairs}
-        scores, gradient = {}, None
-        for group in self.groups:
-            found = score_group(group, leaf, prompts)
-            term = sum(factors[name] * score for name, score in found.items())
-            if term.requires_grad:
-                (own,) = torch.autograd.grad(GRADIENT_SCALE * term.sum(), leaf, materialize_grads=True)
-                gradient = own / GRADIENT_SCALE + (0 if gradient is None else gradient)
-            scores |= {name: score.detach() for name, score in found.items()}
-        scores = {name: scores[name] for name in factors}
-        total = torch.stack([factors[name] * score for name, score in scores.items()]).sum(dim=0)
-        return (total if gradient is None else KnownGradient.apply(images, total, gradient)), scores
-
-
-def score_group(group: list[nn.Module], images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """{name: r (B,)} of rewards that share an image tower, which runs once, or of a user's own function."""
-    if not isinstance(group[0], Reward):
-        return {reward.name: reward(images, prompts) for reward in group}
-    features = group[0].image_features(images)
-    return {reward.name: reward.score(features, prompts) for reward in group}
-
-
-class KnownGradient(torch.autograd.Function):
-    """total (B,) as a function of images (B, 3, H, W), given the gradient of its sum in them."""
-
-    @staticmethod
-    def forward(context, images, total, gradient):
-        context.save_for_backward(gradient)
-        return total.clone()
-
-    @staticmethod
-    def backward(context, weight):
-        (gradient,) = context.saved_tensors
-        return weight.view(-1, 1, 1, 1) * gradient, None, None
+        features, scores = {}, {}
+        for reward in self.rewards:
+            if not isinstance(reward, Reward):
+                scores[reward.name] = reward(images, prompts)
+                continue
+            if reward.visual not in features:
+                features[reward.visual] = reward.image_features(images)
+            scores[reward.name] = reward.score(features[reward.visual], prompts)
+        terms = [
+            weight * reward.scale * scores[reward.name]
+            for reward, weight in zip(self.rewards, self.weights, strict=True)
+        ]
+        return torch.stack(terms).sum(dim=0), {name: score.detach() for name, score in scores.items()}

@@ -120,14 +120,6 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     return repr(first) == repr(second) and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def by_tower(rewards: list[Reward]) -> list[list[Reward]]:
-    """Rewards in groups that share an image tower, in their order."""
-    groups: dict[nn.Module, list[Reward]] = {}
-    for reward in rewards:
-        groups.setdefault(reward.visual, []).append(reward)
-    return list(groups.values())
-
-
 def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] -> (B, 3, *size): adaptive average pool, then CLIP's mean and std per channel."""
     images = images.to(at_least_fp32(images.dtype))
