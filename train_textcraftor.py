@@ -20,6 +20,7 @@ import importlib.util
 import json
 import math
 import time
+from contextlib import ExitStack
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -54,7 +55,7 @@ OPTIONS = (  # The defaults are the paper's. `_` and `-` are the same in a name.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder, 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet, 0 = frozen"),
     ("--lr_warmup_steps",  0,                         "steps in which the learning rates rise to these"),
-    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "how they go on, to 0 at --max_steps"),
+    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "how they go on, to 0 after the last step"),
     ("--max_grad_norm",    0.0,                       "cut the gradient to this norm, 0 = never"),
     # How to sample.
     ("--step",             25,                        "T, DDIM steps"),
@@ -160,10 +161,10 @@ def main(argv=None):
     # Processes and precision. DistributedDataParallel averages gradients, the UNet's too, though it runs K times or 2 K
     # for one backward: a weight's gradient is handed on after the last. Buffers are constants; to broadcast them would
     # have processes wait for each other in validation. Autocast must not cache: it may reuse weights cast without
-    # gradient. fp16's loss scale is halved after each step that it makes infinite: MOST_SKIPS bring it from 2^10 to 1.
+    # gradient. fp16's loss scale is halved after each step that it makes infinite: the last of MOST_SKIPS has scale 1.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=args.report_to or None, project_dir=output,
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0**MOST_SKIPS),
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), GradScalerKwargs(init_scale=2.0 ** (MOST_SKIPS - 1)),
                          DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )  # fmt: skip
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -184,9 +185,10 @@ def main(argv=None):
         f"{args.prompts}: {len(prompts)} prompts to train on, {len(held_out)} held out; {dropped['empty']} empty and "
         f"{dropped['duplicate']} repeated ones dropped. {last_step} steps of {global_batch} images on {device}."
     )
-    for path, bad in (args.prompts, dropped["bad"]), (args.val_prompts, val_dropped["bad"]):
-        if bad:
-            say(f"{path}: {len(bad)} bad rows skipped, at line {', '.join(map(str, bad[:10]))}{' …' * (len(bad) > 10)}")
+    bad_rows = {args.prompts: dropped["bad"], args.val_prompts: val_dropped["bad"]}
+    for path, lines in bad_rows.items():
+        if lines:
+            say(f"{path}: {len(lines)} bad rows skipped, the first at line {lines[0]}; bad_rows.txt has all numbers")
 
     # Model. What is frozen is kept in low precision and computes in it; what trains is fp32, under autocast.
     tokenizer, original_encoder, unet, vae, scheduler_config = load_model(args.model)
@@ -249,6 +251,7 @@ def main(argv=None):
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
     columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     options = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    options |= {"last step": last_step} if args.lr_scheduler != "constant_with_warmup" else {}
     options |= {"images a step": global_batch, "checksum of prompts": [checksum(prompts), checksum(held_out)]}
     record, first_step = Record(output, columns, writes=is_main), 0
     if args.resume:
@@ -260,16 +263,19 @@ def main(argv=None):
             accelerator.load_state(str(state))
     else:
         record.start(options)
+    if is_main and any(bad_rows.values()):
+        lines = (f"{path}: line {number}\n" for path, numbers in bad_rows.items() for number in numbers)
+        (output / "bad_rows.txt").write_text("".join(lines), encoding="utf-8")
     accelerator.init_trackers("textcraftor", {name: str(value) for name, value in options.items()})
 
-    def look(step, count):
+    def look(step, count, may_be_best=True):
         """Score `count` held-out prompts, made as at test time, and show the first; keep the weights if the best."""
 
         def make(batch, indices):
             return generate(batch, validation_noise(indices, latent_shape), min(args.step, TEST_GRAD_STEPS))
 
         scores, images = validate(accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID)
-        if count == len(held_out) and scores["total"].mean() > record.best("val_total"):
+        if may_be_best and scores["total"].mean() > record.best("val_total"):
             write_weights("_best")
         if is_main and args.sample_every:
             path = output / "samples" / f"step_{step:06d}.png"
@@ -300,12 +306,15 @@ def main(argv=None):
 
             # Sample, score, and the gradient of loss = -sum of weighted rewards.
             cut, parts = 0, []
-            for batch in islice(loader, accumulation):
-                images = generate(batch["prompt"], batch["noise"], args.grad_steps)
-                total, scores = rewards(images, batch["prompt"])
-                if not total.requires_grad:
-                    raise UserError("no reward in use is differentiable in the images: nothing to learn from")
-                accelerator.backward(-total.mean() / accumulation)
+            for number, batch in enumerate(islice(loader, accumulation), 1):
+                with ExitStack() as alone:
+                    for network in networks if number < accumulation else ():  # processes exchange the last sum only
+                        alone.enter_context(accelerator.no_sync(network))
+                    images = generate(batch["prompt"], batch["noise"], args.grad_steps)
+                    total, scores = rewards(images, batch["prompt"])
+                    if not total.requires_grad:
+                        raise UserError("no reward in use is differentiable in the images: nothing to learn from")
+                    accelerator.backward(-total.mean() / accumulation)
                 cut += count_cut(tokenizer, batch["prompt"])
                 parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in names)]))
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
@@ -329,13 +338,14 @@ def main(argv=None):
             seconds = time.perf_counter() - began
             row = {"step": step, "epoch": step * global_batch / len(prompts), "seconds": seconds, "cut": cut}
             row |= {"images_per_second": global_batch / seconds, "grad_norm": grad_norm, "skipped": skip}
+            row |= {"lr": optimizer.param_groups[0]["lr"]}
             row |= dict(zip(["total", *names], means, strict=True))
             if step == last_step or (args.val_every and step % args.val_every == 0):
                 after = look(step, len(held_out))
                 row |= {f"val_{name}": score.mean().item() for name, score in after[0].items()}
                 say(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in after[0].items()))
             elif args.sample_every and step % args.sample_every == 0:
-                look(step, min(GRID, len(held_out)))
+                look(step, min(GRID, len(held_out)), may_be_best=False)
             record.add(row)
             accelerator.log(row, step=step)
             bar.update()

@@ -7,6 +7,7 @@ $ python -m benchmarks.full_size --batch-size 4 --steps 3
 Counted, not run: FLOPs and peak memory, on any machine, in minutes:
 $ python -m benchmarks.full_size --count
 $ python -m benchmarks.full_size --count --train unet --batch-size 2 --vae_checkpointing
+$ python -m benchmarks.full_size --count --plain --mixed_precision no
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size
+from benchmarks.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held
+from benchmarks.step import plain_step
 from rewards.base import normalize
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
@@ -42,6 +44,7 @@ OPTIONS = (
     ("--compile",          False,                    "as in training"),
     ("--steps",            1,                        "steps to run, each of which is reported"),
     ("--count",            False,                    "run nothing: count, on tensors without contents"),
+    ("--plain",            False,                    "with --count: the plain step of benchmarks/step.py instead"),
 )
 # fmt: on
 
@@ -81,7 +84,7 @@ def main(argv=None):
             seconds[name] += time.perf_counter() - began
             print(f"{name}: {seconds[name]:.1f} s", flush=True)
 
-        step(args, part, networks, scheduler, optimizer, device)
+        parted_step(args, part, networks, scheduler, optimizer, device)
         report(args, flops, peak, seconds)
     if device == "cuda":
         print(f"peak memory of the GPU's tensors: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -118,9 +121,9 @@ def count(args, scheduler):
     with FakeTensorMode(allow_non_fake_inputs=True):
         networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
         optimizer = make_optimizer(args, networks)
+        step = plain if args.plain else parted_step
         step(args, part, networks, scheduler, optimizer, "cpu")
-        states = [network.state_dict() for network in (*networks[:4], *networks[4])]
-        with LiveBytes([states, optimizer.state_dict()]) as memory:  # apart: the other counter keeps tensors alive
+        with LiveBytes([held(networks), optimizer.state_dict()]) as memory:  # apart: the other counter keeps tensors alive
             step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
     return flops, memory.peak
 
@@ -131,7 +134,27 @@ def make_optimizer(args, networks):
     return torch.optim.AdamW(trained.requires_grad_().parameters(), lr=LEARNING_RATE)
 
 
-def step(args, part, networks, scheduler, optimizer, device):
+def plain(args, part, networks, scheduler, optimizer, device):
+    """The plain step in one part: gradients of the UNet and the towers are never used, and never cleared."""
+    for network in (networks[1], networks[2], *networks[4]):
+        network.requires_grad_()
+    prompts, noise = make_inputs(args)
+    scheduler = copy.copy(scheduler)
+    scheduler.timesteps = scheduler.timesteps.tolist()
+    with part("all of the plain step"):
+        total = plain_step(networks, clip_tokenizer(), scheduler, prompts, noise)
+        (-total.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make_inputs(args):
+    """B prompts and their noise (B, 4, 64, 64)."""
+    indices = range(args.batch_size)
+    return [f"{PROMPT}, number {index}" for index in indices], prompt_noise(0, indices, (4, 64, 64))
+
+
+def parted_step(args, part, networks, scheduler, optimizer, device):
     """One training step as train_textcraftor.py makes it, each part within part(name), which may time or count it.
 
     The gradient is carried by hand from part to part, as autograd would: every boundary is a leaf of its own.
@@ -141,8 +164,8 @@ def step(args, part, networks, scheduler, optimizer, device):
     first, last = copy.copy(scheduler), copy.copy(scheduler)
     times = scheduler.timesteps.tolist()
     first.timesteps, last.timesteps = times[: -args.grad_steps], times[-args.grad_steps :]
-    prompts = [f"{PROMPT}, number {index}" for index in range(args.batch_size)]
-    noise = prompt_noise(0, range(args.batch_size), (4, 64, 64)).to(device)
+    prompts, noise = make_inputs(args)
+    noise = noise.to(device)
 
     def autocast(network):
         """What trains keeps fp32 weights under autocast, as accelerate does it."""

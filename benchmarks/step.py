@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, middle_size
+from benchmarks.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, middle_size
 from rewards import RewardSum
 from rewards.base import normalize, preprocess
 from textcraftor.errors import run_program
@@ -125,9 +125,7 @@ def main(argv=None):
     gradients, seconds, flops, peaks = {}, {name: [] for name in contestants}, {}, {}
     for name, (networks, _) in contestants.items():
         run(name)  # the first one also makes the rewards' text features, and the gradients that the plain step keeps
-        states = [network.state_dict(keep_vars=True) for network in (*networks[:4], *networks[4])]
-        held = [parameter.grad for state in states for parameter in state.values() if parameter.grad is not None]
-        with LiveBytes([states, held]) as memory:
+        with LiveBytes(held(networks)) as memory:
             run(name)
         with FlopCounterMode(display=False) as counter:  # apart: it keeps tensors alive
             run(name)

@@ -59,7 +59,7 @@ class FunctionReward(nn.Module):
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"reward {self.name} returned {found} for {len(images)} images, expected ({len(images)},)")
-        return scores
+        return scores.to(images)
 
 
 def load_function(spec: str) -> FunctionReward:

@@ -108,16 +108,20 @@ class Reward(nn.Module):
 
 
 def share_towers(rewards: list[Reward]) -> None:
-    """Let a reward that has an image tower only (the aesthetic one) use that of another, if they are equal."""
+    """Let a reward whose tower is for images only (the aesthetic one) use an equal one of another reward."""
     for reward, other in permutations(rewards, 2):
         if reward.visual is reward.tower and _equal(reward.visual, other.visual):
             reward.tower = other.visual
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two networks have the same layers (QuickGELU is not GELU) and weights."""
+    """Whether two networks have the same layers (QuickGELU is not GELU), attention heads and weights."""
+
+    def layers(network):
+        return repr(network), [getattr(module, "num_heads", None) for module in network.modules()]
+
     weights, others = first.state_dict(), second.state_dict()
-    return repr(first) == repr(second) and all(torch.equal(weights[name], others[name]) for name in weights)
+    return layers(first) == layers(second) and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:

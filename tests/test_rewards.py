@@ -513,6 +513,8 @@ def test_users_function_is_a_reward_of_scale_1(tmp_path):
     file.write_text(
         "def brightness(images, prompts):\n"
         "    return images.mean(dim=(1, 2, 3))\n"
+        "def counted(images, prompts):\n"
+        "    return (images > 0.5).sum(dim=(1, 2, 3))\n"
         "def matrix(images, prompts):\n"
         "    return images.mean(dim=(2, 3))\n"
     )
@@ -523,6 +525,8 @@ def test_users_function_is_a_reward_of_scale_1(tmp_path):
     assert list(scores) == ["brightness"]
     total.sum().backward()
     torch.testing.assert_close(images.grad, torch.full_like(images, 2 / images[0].numel()))
+    whole = rewards.load_function(f"{file}:counted")(images, PROMPTS)
+    assert whole.dtype == images.dtype and whole.tolist() == [(image > 0.5).sum().item() for image in images]
     with pytest.raises(UserError, match=r"matrix returned \(3, 3\) for 3 images, expected \(3,\)"):
         rewards.load_function(f"{file}:matrix")(images, PROMPTS)
     with pytest.raises(UserError, match="same name"):

@@ -308,7 +308,7 @@ def test_fp16s_loss_scale_is_found(work, command, monkeypatch):
             super().__init__(**options)
             assert mixed_precision == "fp16"
             (options,) = (handler for handler in kwargs_handlers if hasattr(handler, "init_scale"))
-            assert options.init_scale == 2.0**train_textcraftor.MOST_SKIPS
+            assert options.init_scale == 2.0 ** (train_textcraftor.MOST_SKIPS - 1)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
             self.native_amp = True
             scalers.append(self.scaler)
@@ -433,8 +433,10 @@ def test_bad_rows_are_said_and_skipped(work, command, capsys):
     train(*command, "--prompts", "bad.csv", "--val_prompts", "held.txt", "--max_steps", 1)
     said = capsys.readouterr().out
     assert "bad.csv: 2 prompts to train on, 2 held out" in said
-    assert "bad.csv: 13 bad rows skipped, at line 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 …" in said
-    assert "held.txt: 1 bad rows skipped, at line 2\n" in said
+    assert "bad.csv: 13 bad rows skipped, the first at line 2; bad_rows.txt has all numbers\n" in said
+    assert "held.txt: 1 bad rows skipped, the first at line 2" in said
+    numbers = [*((f"bad.csv: line {line}") for line in [*range(2, 14), 17]), "held.txt: line 2"]
+    assert Path("output/bad_rows.txt").read_text().splitlines() == numbers
 
 
 def test_the_script_exits_with_the_line_alone(work):
@@ -450,6 +452,9 @@ def test_a_run_is_never_overwritten(work, command):
         train(*command)
     with pytest.raises(UserError, match="has seed = 0, not 3"):
         train(*command, "--resume", "--seed", 3)
+    train(*command, "--lr_scheduler", "cosine", "--max_steps", 1, "--output-path", "cosine")
+    with pytest.raises(UserError, match="has last step = 1, not 2"):  # its rates would have been others
+        train(*command, "--lr_scheduler", "cosine", "--max_steps", 2, "--output-path", "cosine", "--resume")
     with open("prompts.csv", "a") as file:
         file.write("another prompt\n")
     with pytest.raises(UserError, match="checksum of prompts"):

@@ -17,7 +17,7 @@ SCHEDULERS = {
 }
 
 # The columns of metrics.csv beside those of the rewards.
-COLUMNS = ("step", "epoch", "total", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
+COLUMNS = ("step", "epoch", "total", "lr", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
 
 
 def make_parser(description, options):
