@@ -123,7 +123,7 @@ def count(args, scheduler):
         optimizer = make_optimizer(args, networks)
         step = plain if args.plain else parted_step
         step(args, part, networks, scheduler, optimizer, "cpu")
-        with LiveBytes([held(networks), optimizer.state_dict()]) as memory:  # apart: the other counter keeps tensors alive
+        with LiveBytes([held(networks), optimizer.state_dict()]) as memory:  # not while the other counts
             step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
     return flops, memory.peak
 
@@ -195,6 +195,7 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
         with part(reward.name):
             features = reward.image_features(images_leaf)
             score = reward.score(features, prompts) if reward.name == "aesthetic" else (features * texts).sum(dim=-1)
+            score = score * getattr(reward, "logit_scale", 1)  # PickScore's
             terms[reward.name] = -WEIGHTS[reward.name] * reward.scale * score.mean()
     for name in list(terms):
         with part(f"{name}'s backward"):

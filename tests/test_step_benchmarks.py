@@ -1,0 +1,87 @@
+"""The benchmarks of the training step measure the same step: one gradient, three ways."""
+
+import contextlib
+from argparse import Namespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import full_size, step
+from benchmarks.networks import WEIGHTS, LiveBytes, build, middle_size
+from rewards import RewardSum
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, encode_prompts
+from textcraftor.sampling import make_scheduler
+
+T, K = 4, 2
+
+
+def tiny_size():
+    configs = middle_size()
+    configs["text_encoder"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    configs["text_encoder"] |= {"num_attention_heads": 2}
+    configs["unet"] |= {"block_out_channels": (16, 16, 32, 32), "cross_attention_dim": 32, "attention_head_dim": 2}
+    configs["vae"] |= {"block_out_channels": (8, 8, 8, 8)}
+    for name in ("clip", "aesthetic", "hpsv2"):
+        configs[name]["vision_cfg"] |= {"layers": 2, "width": 64}
+        configs[name]["text_cfg"] |= {"layers": 1}
+    configs["pickscore"]["text_config"] |= {"num_hidden_layers": 1}
+    configs["pickscore"]["vision_config"] |= {"num_hidden_layers": 2}
+    return configs
+
+
+@pytest.fixture(scope="module")
+def networks():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(tiny_size(), "text_encoder", torch.float32)
+
+
+def test_one_gradient_three_ways(networks, monkeypatch):
+    monkeypatch.setattr(step, "T", T)
+    monkeypatch.setattr(step, "K", K)
+    args = Namespace(
+        batch_size=2, grad_steps=K, gradient_checkpointing="full", vae_checkpointing=True, mixed_precision="no",
+        train="text_encoder",
+    )  # fmt: skip
+    scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), T)
+    tuned, rewards, tokenizer = networks[1].requires_grad_(), networks[4], clip_tokenizer()
+    prompts, noise = full_size.make_inputs(args)
+    noise = noise[..., :16, :16]
+    monkeypatch.setattr(full_size, "make_inputs", lambda args: (prompts, noise))
+    kept = Namespace(step=lambda: None, zero_grad=lambda: None)
+
+    def gradient():
+        found = torch.cat([parameter.grad.flatten() for parameter in tuned.parameters()])
+        tuned.zero_grad()
+        return found
+
+    full_size.parted_step(args, lambda name: contextlib.nullcontext(), networks, scheduler, kept, "cpu")
+    parted = gradient()
+    summed = RewardSum([(reward, WEIGHTS[reward.name]) for reward in rewards])
+    with torch.no_grad():
+        unconditional = encode_prompts(tokenizer, networks[0], [""])
+    inputs = (networks, tokenizer, scheduler, prompts, noise)
+    (-step.our_step(*inputs, summed, unconditional, False, False).mean()).backward()
+    ours = gradient()
+    (-step.plain_step(*inputs).mean()).backward()
+    plain = gradient()
+    assert plain.norm() > 0
+    assert (parted - plain).norm() <= 1e-4 * plain.norm()
+    assert (ours - plain).norm() <= 1e-4 * plain.norm()
+
+
+def test_live_bytes_are_those_of_all_tensors():
+    """Of a layer by hand: weights 1,001,000 floats, input 500,000, output 500,000 before and after the activation."""
+    with FakeTensorMode():
+        layer = torch.nn.Linear(1000, 1000)
+        with LiveBytes(layer.state_dict()) as memory:
+            inputs = torch.randn(500, 1000, requires_grad=True)
+            output = layer(inputs).relu()
+            assert memory.live == 4 * (1_001_000 + 500_000 + 500_000)  # the one before is not kept
+            assert memory.peak == memory.live + 4 * 500_000
+            output.sum().backward()
+            assert memory.live >= 4 * (2 * 1_001_000 + 3 * 500_000)  # with gradients
+            del output
+        assert memory.peak >= memory.live + 4 * 500_000
