@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,38 @@ def test_other_models_than_the_released_ones_are_not_recorded_as_those(rewards_r
     with pytest.raises(UserError, match="clip takes 32 x 32 pixels, the released model 224 x 224"):
         check.main(["--weights", str(rewards_root)])
     assert check.GOLDEN.read_text() == before
+
+
+@pytest.mark.parametrize("confused", [True, False])
+def test_models_that_confuse_the_pictures_are_not_recorded(monkeypatch, tmp_path, confused):
+    class Model:
+        image_size = (224, 224)
+
+        def __init__(self, name, *_):
+            self.name = name
+
+        def __call__(self, images, prompts):
+            return torch.arange(4.0)
+
+        def image_features(self, images):
+            return torch.eye(4)
+
+        def text_features(self, prompts):
+            return torch.eye(4).flip(0) if confused and self.name == "clip" else torch.eye(4)
+
+    golden = Path(shutil.copy(check.GOLDEN, tmp_path))
+    before = golden.read_text()
+    monkeypatch.setattr(check, "GOLDEN", golden)
+    monkeypatch.setattr(check, "check_files", lambda *_: None)
+    monkeypatch.setattr(check, "load_reward", Model)
+    arguments = ["--golden", str(golden)]
+    if confused:
+        with pytest.raises(UserError, match="1 of the models take another prompt's picture for their own"):
+            check.main(arguments)
+        assert golden.read_text() == before
+    else:
+        check.main(arguments)
+        assert golden.read_text() != before
 
 
 def test_missing_weights_are_said_with_the_command_that_fetches_them(tmp_path):
