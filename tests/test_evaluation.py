@@ -30,7 +30,7 @@ from textcraftor import generate
 from textcraftor.benchmarks import HPSV2, PARTI
 from textcraftor.checkpoints import save_text_encoder
 from textcraftor.errors import UserError
-from textcraftor.evaluation import evaluate, parse_arguments, work_through
+from textcraftor.evaluation import evaluate, parse_arguments, start_worker, work_through
 from textcraftor.models import load_model
 from textcraftor.report import Table, style_scores, summarize
 from textcraftor.scores import score_files, weights_hash, whole_view
@@ -276,6 +276,21 @@ def test_two_batches_are_in_work_at_once_and_come_in_order(tmp_path):
     finally:
         torch.set_num_threads(cores)
     assert list(done) == pd.read_csv(tmp_path / "scores.csv")["index"].tolist() == list(range(7))
+
+
+def test_workers_go_to_their_processs_gpu(monkeypatch):
+    """accelerate's device has an index only where there are several; torch refuses one without."""
+    went = []
+
+    def set_device(device):
+        if device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")
+        went.append(device.index)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:3"):
+        start_worker(torch.device(name), torch.get_num_threads())
+    assert went == [0, 3]
 
 
 @pytest.mark.slow

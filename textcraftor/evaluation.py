@@ -263,6 +263,15 @@ def save_image(pixels, path):
     os.replace(unfinished, path)
 
 
+def start_worker(device, threads):
+    """Give the calling thread its cores, and its process's GPU: both are of each thread alone."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if device.type == "cuda" and device.index is not None:  # accelerate gives none where there is one GPU
+        torch.cuda.set_device(device)
+
+
 def work_through(accelerator, rows, done, batch_size, work, table):
     """Do all rows that are not in `done`, {index: row}, adding them there and to the table.
 
@@ -286,10 +295,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     cores = torch.get_num_threads()
     workers = WORKERS if device.type == "cuda" else min(WORKERS, cores)
 
-    def start_worker():
-        torch.set_num_threads(cores // workers)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    start = partial(start_worker, device, cores // workers)
 
     def do(share):
         return work(share) if share else []
@@ -297,7 +303,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     bar = tqdm(total=len(rows), initial=len(rows) - missing, disable=not is_main, dynamic_ncols=True, unit="image")
     with stop_signals() as stop, bar, ExitStack() as at_end:
         at_end.callback(torch.set_num_threads, cores)  # which is not of each thread alone, in all libraries
-        pool = at_end.enter_context(ThreadPoolExecutor(workers, initializer=start_worker))
+        pool = at_end.enter_context(ThreadPoolExecutor(workers, initializer=start))
         begun = deque(pool.submit(do, share) for share in islice(mine, workers))
         while begun:
             parts = gather_object([(row, len(stop)) for row in begun.popleft().result()])
