@@ -103,6 +103,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
+        (output / "summary.json").unlink(missing_ok=True)  # of a run with another --limit: this one is not finished
         write_whole(output / "settings.json", json.dumps(settings, indent=2) + "\n")
         table.write(done.values())
     before = sum(row["index"] in done for row in rows)
