@@ -148,7 +148,7 @@ def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys)
     assert found["notes"] == [
         "A: 5 of 40 images have no partner in every other run and are left out",
         "B: 5 of 40 images have no partner in every other run and are left out",
-        "C: 2 of 37 images could not be read and are left out",
+        "C: 2 of 37 images have no score and are left out",
         "the runs differ in seed: A 2023, B 2023, C 7",
     ]
     assert all(f"note: {note}" in output for note in found["notes"])

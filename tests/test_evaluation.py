@@ -243,6 +243,41 @@ def test_a_limit_can_be_raised_and_lowered(parti):
     assert len(Path("out/results.md").read_text().splitlines()) == 2 + 2  # a line for each of the two results
 
 
+def test_a_longer_run_that_is_not_finished_has_no_summary(parti, monkeypatch):
+    parti("--limit", 2)
+
+    def killed(pipeline, tuned, prompts, indices, **how):
+        assert not Path("out/summary.json").exists()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(generate, "generate", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        parti()
+    assert not Path("out/summary.json").exists() and len(table()) == 2
+
+
+def test_an_image_without_a_finite_score_is_named_counted_and_made_again(parti, monkeypatch, capsys):
+    parti("--output_path", "whole")
+    real = generate.generate
+
+    def overflowed(pipeline, tuned, prompts, indices, **how):
+        images = real(pipeline, tuned, prompts, indices, **how)
+        return torch.where(torch.tensor(indices).view(-1, 1, 1, 1) == 3, torch.nan, images)
+
+    monkeypatch.setattr(generate, "generate", overflowed)
+    parti()
+    found, rows = summary(), table()
+    assert found["images"]["scored"] == 4 and found["images"]["of"] == 5
+    assert "clip is nan" in found["images"]["unreadable"]["00003.png"]
+    assert "00003.png: clip is nan" in capsys.readouterr().out and "NaN" not in Path("out/summary.json").read_text()
+    assert rows[COLUMNS].isna().all(axis=1).tolist() == [False, False, False, True, False]
+    for column in COLUMNS:
+        assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
+    monkeypatch.setattr(generate, "generate", real)
+    parti()
+    assert contents("out")["scores.csv"] == contents("whole")["scores.csv"] and summary() == summary("whole")
+
+
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])
 def test_the_batch_size_changes_nothing(parti, scheduler):
     parti("--scheduler", scheduler)

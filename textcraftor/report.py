@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ GROUPS = 10  # of a style, whose means' deviation is reported
 
 
 class Table:
-    """scores.csv: one row an image, of what is known of it and its scores; empty scores where it could not be read."""
+    """scores.csv: one row an image, of what is known of it and its scores; empty scores where it has none."""
 
     def __init__(self, path, about, scores):
         self.path, self.about, self.scores = path, about, scores
@@ -21,7 +22,7 @@ class Table:
     def read(self, rows):
         """{index: row} of those of `rows` that the file has complete with scores, as they stand there.
 
-        Nothing else counts: half a last row, and rows of files that could not be read.
+        Nothing else counts: half a last row, and rows of files that could not be scored.
         """
         if not self.path.is_file():
             return {}
@@ -30,8 +31,10 @@ class Table:
         done = {}
         for cells in csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True)):
             row = known.get(int(cells["index"])) if (cells["index"] or "").isdigit() else None
-            if row and cells["prompt"] == row["prompt"] and all(cells[name] for name in self.scores):
-                scores = {name: float(cells[name]) for name in self.scores}
+            if not row or cells["prompt"] != row["prompt"] or not all(cells[name] for name in self.scores):
+                continue
+            scores = {name: float(cells[name]) for name in self.scores}
+            if all(map(math.isfinite, scores.values())):
                 done[row["index"]] = {name: cells[name] for name in self.about} | {"index": row["index"]} | scores
         return done
 

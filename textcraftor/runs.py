@@ -75,7 +75,7 @@ def _read_row(cells, scores, place):
     row |= {name: float(cells[name]) for name in scores}
     for name in scores:
         if not math.isfinite(row[name]):
-            raise UserError(f"{place}: {name} is {cells[name]}, no number to compare; delete the line and run again")
+            raise UserError(f"{place}: {name} is {cells[name]}, no number to compare; run the benchmark again")
     return row
 
 
@@ -122,7 +122,7 @@ def notes(runs, columns, keys):
     for run in runs:
         problems = sum("problem" in row for row in run.rows.values())
         unpaired = len(run.rows) - len(keys) - problems
-        for count, why in ((problems, "could not be read"), (unpaired, "have no partner in every other run")):
+        for count, why in ((problems, "have no score"), (unpaired, "have no partner in every other run")):
             if count:
                 lines.append(f"{run.label}: {count} of {len(run.rows)} images {why} and are left out")
     for score in dict.fromkeys(name for run in runs for name in run.scores):
