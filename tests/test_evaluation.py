@@ -422,6 +422,10 @@ def test_versions_of_hpsv2_are_told_apart(hpsv2, rewards_root, tmp_path, capsys)
     hpsv2("--hps_version", "2.1", "--weights", tmp_path, "--limit", 1)
     assert "hps_v2.1" in table().columns and summary()["settings"]["hps_version"] == "2.1"
     assert "hps_version 2.1" in Path("out/results.md").read_text()
+    with pytest.raises(UserError, match="2.1, not 2.0; .* or score its images anew by --score_only out --output_path"):
+        hpsv2("--limit", 1)
+    with pytest.raises(UserError, match="2.1, not 2.0; .* choose another --output_path$"):
+        hpsv2("--limit", 1, "--seed", 1)
 
 
 # --prompt_eng
@@ -505,6 +509,11 @@ def test_the_miniature_has_an_extender_of_its_own():
     ("--model miniature", "miniature_parti"),
     ("--model miniature --text_path output/tc_text.safetensors", "miniature_output_tc_text_parti"),
     ("--model ./models/other-model", "other-model_parti"),
+    ("--hps_version 2.1", "original_parti_v2.1"),
+    ("--hps_version 2.0 --limit 8", "original_parti"),
+    ("--prompt_eng --score_prompt original", "original_prompt_eng_parti_score_original"),
+    ("--model miniature --scheduler UniPC --seed 7", "miniature_parti_UniPC_seed_7"),
+    ("--model ..", f"{Path('..').resolve().name}_parti"),
 ])  # fmt: skip
 def test_the_default_folder_says_what_is_tested(arguments, folder):
     assert parse_arguments(PARTI, "", arguments.split()).output_path == f"tests/{folder}"

@@ -26,9 +26,11 @@ from textcraftor.report import Table, check_settings, style_scores, summarize, w
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
 
+MODEL = "./stable-diffusion-v1-5"
+
 # fmt: off
 OPTIONS = (
-    ("--model",            "./stable-diffusion-v1-5", "folder, file, hub id, or `miniature` (its own prompts)"),
+    ("--model",            MODEL,                     "folder, file, hub id, or `miniature` (its own prompts)"),
     ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder: safetensors, .pth, folder or hub id"),
     ("--unet_path",        "",                        "tuned UNet, likewise"),
@@ -136,7 +138,7 @@ def parse_arguments(benchmark, description, argv):
         "is named)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    default_output = f"tests/{run_name(args)}_{benchmark.name}"
+    default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
         folder = REPOSITORY / "miniature"
@@ -151,17 +153,22 @@ def parse_arguments(benchmark, description, argv):
     return args
 
 
-def run_name(args):
-    """What is tested, as the start of a folder's name: "paper_ckpt", "original", "miniature_output_tc_text", …"""
+def run_name(args, benchmark, default):
+    """What is tested, on what and how, as a folder's name: "paper_ckpt_parti", "original_hpsv2_v2.1", …"""
 
     def last_parts(path, count):
         parts = [part for part in Path(path).parts[-count:] if part.strip("./")]
+        parts = parts or [Path(path).resolve().name]
         return "_".join(part.removesuffix(".safetensors").removesuffix(".pth") for part in parts)
 
-    names = [] if args.model == OPTIONS[0][1] else [last_parts(args.model, 1)]
+    names = [] if args.model == MODEL else [last_parts(args.model, 1)]
     tuned = [path for path in (args.text_path, args.unet_path) if path]
     names += ["paper_ckpt" if Path(path) == Path(PAPER) else last_parts(path, 2) for path in tuned]
-    return "_".join([*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else [])])
+    names = [*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else []), benchmark]
+    for option, before in (("hps_version", "v"), ("score_prompt", "score_"), ("scheduler", ""), ("seed", "seed_")):
+        value = getattr(args, option)
+        names += [f"{before}{value}"] if value != default(option) else []
+    return "_".join(names)
 
 
 def check_arguments(args):

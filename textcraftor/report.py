@@ -11,6 +11,7 @@ import numpy as np
 from textcraftor.errors import UserError
 
 GROUPS = 10  # of a style, whose means' deviation is reported
+SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # how the names of the settings begin that make no image another
 
 
 class Table:
@@ -69,12 +70,14 @@ def check_settings(folder, settings, rows):
                 )
         return
     earlier = json.loads(path.read_text())
-    for name in dict.fromkeys([*settings, *earlier]):
-        if settings.get(name) != earlier.get(name):
-            raise UserError(
-                f"{folder} holds a run with {name} = {earlier.get(name)}, not {settings.get(name)}; "
-                "repeat its settings, or choose another --output_path"
-            )
+    differing = [name for name in dict.fromkeys([*settings, *earlier]) if settings.get(name) != earlier.get(name)]
+    if differing:
+        same_images = all(name.startswith(SCORING) for name in differing)
+        score = f", or score its images anew by --score_only {folder} --output_path …" if same_images else ""
+        raise UserError(
+            f"{folder} holds a run with {differing[0]} = {earlier.get(differing[0])}, not "
+            f"{settings.get(differing[0])}; repeat its settings, or choose another --output_path{score}"
+        )
 
 
 def write_results(folder, summary):
