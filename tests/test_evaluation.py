@@ -354,7 +354,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(parti, stable_dif
         ("--seed", 7, "with seed = 2023, not 7"), ("--grad_steps", 1, "with grad_steps = 2, not 1"),
         ("--scheduler", "UniPC", "with scheduler = DDIM, not UniPC"), ("--guidance", 3, "with guidance = 7.5, not 3.0"),
         ("--text_path", tmp_path / "tc_text.safetensors", r"with text_path \(sha256\) = "),
-        ("--score_only", "out", "with score_only = None"),
+        ("--score_only", "out", "with scheduler = DDIM, not None"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             parti("--limit", 1, flag, value)

@@ -258,7 +258,9 @@ def reader(args, rows, scorers, view):
         scores = score_files(scorers, paths, [row["prompt"] for row in rows], view)
         return [row | score for row, score in zip(found, scores, strict=True)]
 
-    return Maker(work, {"score_only": str(folder.resolve())}, [], lambda rows: 0)
+    # A folder that holds its own scores may be moved with them.
+    elsewhere = Path(args.output_path).resolve() != folder.resolve()
+    return Maker(work, {"score_only": str(folder.resolve())} if elsewhere else {}, [], lambda rows: 0)
 
 
 def save_image(pixels, path):

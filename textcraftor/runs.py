@@ -11,8 +11,9 @@ from typing import NamedTuple
 from textcraftor.errors import UserError, first_line
 
 # Settings that are expected to differ, being what is compared.
-COMPARED = ("text_path (sha256)", "unet (sha256)")
-SOURCES = ("model", "text_path", "unet_path", "prompt_eng")
+COMPARED = ("text_path (sha256)", "unet (sha256)", "prompt_eng (sha256)")
+SOURCES = ("model", "text_path", "unet_path", "prompt_eng", "score_only")
+UNKNOWN = "–"
 
 
 class Run(NamedTuple):
@@ -27,8 +28,9 @@ class Run(NamedTuple):
     rows: dict[tuple[int, str], dict]
 
     def image(self, key):
-        """The path of an image; one that --score_only scored lies in the folder that it was given."""
-        return Path(self.settings.get("score_only") or self.folder) / self.rows[key]["file"]
+        """The path of an image; one that --score_only scored lies in the folder that it was given, if that is there."""
+        folder = Path(self.settings.get("score_only") or self.folder)
+        return (folder if folder.is_dir() else self.folder) / self.rows[key]["file"]
 
 
 def read_runs(folders):
@@ -133,8 +135,9 @@ def notes(runs, columns, keys):
     if len(set(prompts)) > 1:
         told = ", ".join(f"{run.label} with the {kind} ones" for run, kind in zip(runs, prompts, strict=True))
         lines.append(f"scored with different prompts: {told}")
+    lines += [f"{run.label}: how its images were made is not known" for run in runs if "seed" not in run.settings]
     for name, values in settings_table(runs).items():
-        if len(set(values)) > 1 and name not in (*COMPARED, *SOURCES, "score_prompt"):
+        if len({*values} - {UNKNOWN}) > 1 and name not in (*COMPARED, *SOURCES, "score_prompt"):
             told = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
             lines.append(f"the runs differ in {name}: {told}")
     return lines
@@ -150,12 +153,12 @@ def settings_table(runs):
     every = [{name: run.summary.get(name) for name in SOURCES} | run.settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     table = {name: [_short(name, settings.get(name)) for settings in every] for name in names}
-    return {name: values for name, values in table.items() if set(values) != {"–"}}
+    return {name: values for name, values in table.items() if set(values) != {UNKNOWN}}
 
 
 def _short(name, value):
     if value in (None, ""):
-        return "–"
+        return UNKNOWN
     return str(value)[:12] if "(sha256)" in name else str(value)
 
 
