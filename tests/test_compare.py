@@ -167,9 +167,13 @@ def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys)
     assert compared() == before  # seeded
 
 
-def test_a_score_of_one_run_alone_is_left_out(runs):
+def test_a_score_of_one_run_alone_is_left_out(runs, capsys):
     make_run("more", 0.2, scores=("clip", "aesthetic", "hps_v2.0"))
+    main([*runs])
+    main([*runs])
+    assert "replacing" not in capsys.readouterr().out
     main([runs[0], "more"])
+    assert "compare: replacing the comparison of original, tuned" in capsys.readouterr().out
     assert compared()["notes"] == ["hps_v2.0 is left out, being known of B alone"]
     assert {record["score"] for record in compared()["results"]} == {"clip", "aesthetic"}
 
@@ -329,6 +333,11 @@ def blind(*arguments):
     count = -(-len(content["prompts"]) // 16)
     lines = [line for n in range(count) for line in script(page, f"images-{n}").split("\n")]
     return page, content, json.loads(base64.b64decode(content["sealed"])), lines
+
+
+def test_options_may_stand_between_the_runs(runs):
+    main([runs[0], "--blind", runs[1], "--limit", "2"])
+    assert Path("compare/blind.html").is_file()
 
 
 def test_the_page_for_votes_shows_either_first_and_tells_nothing(runs):
