@@ -35,7 +35,7 @@ def make_run(folder, shift=0.0, settings=(), unread=(), absent=(), scores=("clip
     noise = np.random.default_rng(int(1000 * shift)).normal(0, 0.1, (COUNT, len(scores)))
     rows = []
     for i in range(COUNT):
-        prompt = HOSTILE if i == 3 else f"prompt {i}"
+        prompt = {3: HOSTILE, 4: "a\rb\u2028c\x85d\x0ce\nf"}.get(i, f"prompt {i}")
         row = {"index": i, "prompt": prompt, "category": "AB"[i % 2], "challenge": "Basic", "file": f"{i:05d}.png"}
         Image.new("RGB", size, (i, int(100 * shift), 200)).save(folder / row["file"])
         values = {name: shift + i / 10 + noise[i, k] for k, name in enumerate(scores)}
@@ -279,7 +279,8 @@ def test_a_page_needs_nothing_and_takes_no_prompt_for_html(runs, name):
     assert page.count("https:") == script(page, "data").count("https:") and "http:" not in page
     assert "default-src 'none'" in page
     content = json.loads(script(page, "data"))
-    assert HOSTILE in (content["prompts"] if name == "blind.html" else [row[1] for row in content["rows"]])
+    prompts = content["prompts"] if name == "blind.html" else [row[1] for row in content["rows"]]
+    assert HOSTILE in prompts and "a\rb\u2028c\x85d\x0ce\nf" in prompts
 
 
 def test_the_report_holds_every_image_in_its_place(runs):

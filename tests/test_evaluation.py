@@ -561,6 +561,11 @@ def test_rows_of_a_table_survive_commas_quotes_and_line_breaks(tmp_path):
     scores.add([row | {"clip": 0.25 + row["index"]} for row in rows[:2]])
     scores.add([rows[2] | {"problem": "no such file"}])
     assert scores.read(rows) == {0: rows[0] | {"clip": 0.25}, 1: rows[1] | {"clip": 1.25}}
+    prompts = ["a\u2028b", "a\x85b", "a\x0cb", "a\x1cb", "a\rb", "a\r\nb"]
+    odd = [{"index": 3 + i, "prompt": prompt, "file": "-", "clip": 0.5} for i, prompt in enumerate(prompts)]
+    more = Table(tmp_path / "more.csv", ["index", "prompt", "file"], ["clip"])
+    more.write(odd)
+    assert list(more.read(odd).values()) == odd
     with open(tmp_path / "scores.csv", newline="") as file:
         assert [row["clip"] for row in csv.DictReader(file)] == ["0.25", "1.25", ""]
 

@@ -1,6 +1,7 @@
 """What a benchmark run writes: settings.json, scores.csv, summary.json and results.md."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -27,10 +28,11 @@ class Table:
         """
         if not self.path.is_file():
             return {}
-        text = self.path.read_text(encoding="utf-8")
+        with open(self.path, encoding="utf-8", newline="") as file:
+            text = file.read()
         known = {row["index"]: row for row in rows}
         done = {}
-        for cells in csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True)):
+        for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = known.get(int(cells["index"])) if (cells["index"] or "").isdigit() else None
             if not row or cells["prompt"] != row["prompt"] or not all(cells[name] for name in self.scores):
                 continue
@@ -48,14 +50,15 @@ class Table:
         """Replace the file by the header and these rows."""
         unfinished = self.path.with_name(f"{self.path.name}.tmp")
         with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([*self.about, *self.scores])
+            csv.writer(file).writerow([*self.about, *self.scores])
             self._write(file, rows)
         os.replace(unfinished, self.path)
 
     def _write(self, file, rows):
+        # Lines end as csv ends them: with a bare "\n" it leaves "\r" in a prompt unquoted, before Python 3.13.
         for row in rows:
             scores = [f"{row[name]:.7g}" if name in row else "" for name in self.scores]
-            csv.writer(file, lineterminator="\n").writerow([*(row[name] for name in self.about), *scores])
+            csv.writer(file).writerow([*(row[name] for name in self.about), *scores])
 
 
 def check_settings(folder, settings, rows):
