@@ -394,6 +394,7 @@ def test_images_of_any_model_are_scored_and_bad_files_counted(parti, rewards_roo
         assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
     unreadable = found["images"]["unreadable"]
     assert found["images"]["scored"] == 3 and found["images"]["of"] == 5
+    assert found["images"]["prompts_cut"] is None
     assert unreadable["00004.png"] == "no such file" and "cannot be decoded" in unreadable["00003.png"]
     output = capsys.readouterr().out
     assert "3 of 5 images scored" in output and "00003.png: cannot be decoded" in output
@@ -536,6 +537,8 @@ def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, c
     (["--guidance", "0.5"], "--guidance 0.5: must be at least 1"),
     (["--score_only", "none"], "--score_only none: no such folder"),
     (["--scheduler", "Karras"], "invalid choice"),
+    (["--score_prompt", "original"], "--score_prompt original: is of --prompt_eng"),
+    (["--score_prompt", "extended"], "--score_prompt extended: is of --prompt_eng"),
     (["--model", "./none"], "no such model"),
     (["--text_path", "none.pth"], "none.pth: no such weights"),
     (["--score_only", "."], "has no image of this benchmark; the first would be 00000.png"),

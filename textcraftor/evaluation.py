@@ -47,7 +47,7 @@ OPTIONS = (
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     ("--seed",             2023,                      "of the noise, with each prompt's number"),
     ("--batch-size",       8,                         "images at once on each device"),
-    ("--score_prompt",     ("extended", "original"),  "the prompts that scores use after --prompt_eng"),
+    ("--score_prompt",     ("", "extended", "original"), "what scores use after --prompt_eng (default: extended)"),
 )
 # fmt: on
 EXTENDER = "daspartho/prompt-extend"
@@ -138,6 +138,10 @@ def parse_arguments(benchmark, description, argv):
         "is named)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.score_prompt and not args.prompt_eng:
+        raise UserError(f"--score_prompt {args.score_prompt}: is of --prompt_eng; without it, leave this out")
+    parser.set_defaults(score_prompt="extended")
+    args = parser.parse_args(argv)
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
@@ -191,7 +195,7 @@ class Maker(NamedTuple):
     work: Callable[[list[dict]], list[dict]]
     settings: dict
     columns: list[str]  # what it adds to a row beside the scores
-    count_cut: Callable[[list[dict]], int]  # how many rows' prompts are longer than the text encoder reads
+    count_cut: Callable[[list[dict]], int | None]  # rows whose prompts the text encoder did not read whole, if known
 
 
 def generator(benchmark, args, scorers, view, device):
@@ -260,7 +264,7 @@ def reader(args, rows, scorers, view):
 
     # A folder that holds its own scores may be moved with them.
     elsewhere = Path(args.output_path).resolve() != folder.resolve()
-    return Maker(work, {"score_only": str(folder.resolve())} if elsewhere else {}, [], lambda rows: 0)
+    return Maker(work, {"score_only": str(folder.resolve())} if elsewhere else {}, [], lambda rows: None)
 
 
 def save_image(pixels, path):
