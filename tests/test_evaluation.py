@@ -521,12 +521,37 @@ def test_the_default_folder_says_what_is_tested(arguments, folder):
     assert parse_arguments(PARTI, "", [*arguments.split(), "--output_path", "mine"]).output_path == "mine"
 
 
-def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, capsys):
+@pytest.fixture(scope="module")
+def speed():
+    """benchmarks/eval.py as a module."""
     spec = importlib.util.spec_from_file_location("benchmarks_eval", ROOT / "benchmarks" / "eval.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    program.main([*map(str, models), "--prompts", "parti.tsv", "--batch-size", "2"])
-    *_, differences = capsys.readouterr().out.splitlines()
+    return program
+
+
+@pytest.mark.parametrize("arguments", [
+    "--unet_path u.pth", "--scheduler UniPC", "--prompt_weighting 0.5", "--prompt_eng", "--score_only .",
+    "--grad_steps 25",
+])  # fmt: skip
+def test_the_benchmark_of_speed_refuses_what_its_plain_loop_does_not_know(work, speed, arguments):
+    with pytest.raises(UserError, match=f"{arguments.split()[0]} .*: the plain loop"):
+        speed.main(arguments.split())
+
+
+def test_the_benchmark_of_speed_tells_nothing_of_different_images(work, models, speed, monkeypatch):
+    def noisier(seed, indices, shape):
+        return generate.prompt_noise(seed + 1, indices, shape)
+
+    monkeypatch.setattr(speed, "prompt_noise", noisier)
+    with pytest.raises(SystemExit, match="different images"):
+        speed.main([*map(str, models), "--prompts", "parti.tsv", "--limit", "1"])
+
+
+def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, speed, capsys):
+    speed.main([*map(str, models), "--prompts", "parti.tsv", "--batch-size", "2", "--limit", "0"])
+    *head, differences = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("5 images on ") for line in head)
     found = re.match(r"largest difference: ([01]) of 255 grey levels, (.*)", differences)[2]
     columns, values = zip(*(item.split() for item in found.split(", ")), strict=True)
     assert list(columns) == COLUMNS and max(map(float, values)) < 1e-4
