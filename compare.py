@@ -2,7 +2,7 @@
 Compare runs of test_parti.py or test_hpsv2.py, prompt by prompt: differences and win rates with 95 % intervals, a plot,
 and a page of pictures side by side that opens from the disk.
 
-$ python compare.py tests/original_parti tests/tuned_parti
+$ python compare.py tests/miniature_parti tests/miniature_output_tc_text_parti
 $ python compare.py RUN_A RUN_B RUN_C --output_path compare      # each against the first
 
 Human preference: a page that shows A and B in an order that nobody knows and exports votes.json; then what was voted,
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, OPTIONS)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="output folder; the first is compared with")
     parser.add_argument("--votes", nargs="+", default=[], metavar="FILE", help="votes that a --blind page exported")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     require(args, {"image_size": 16, "limit seed": 0})
     if len(args.runs) < 2 and not (args.votes and not args.runs):
         raise UserError(f"expected two or more output folders of a benchmark, found {len(args.runs)}")
@@ -79,8 +79,12 @@ def write_comparison(args, runs):
         "runs": [{"label": run.label, "name": run.name, "folder": str(run.folder)} for run in runs],
         "prompts": len(keys), "notes": remarks, "method": METHOD, "seed": args.seed, "settings": settings_table(runs),
     }  # fmt: skip
+    file = args.output_path / "comparison.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else about["runs"]
+    if earlier != about["runs"]:
+        print(f"{args.output_path}: replacing the comparison of {', '.join(run['folder'] for run in earlier)}")
     args.output_path.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output_path / "comparison.json", json.dumps(about | {"results": records}, indent=1) + "\n")
+    write_whole(file, json.dumps(about | {"results": records}, indent=1) + "\n")
     (args.output_path / "comparison.png").write_bytes(difference_plot(records, [run.name for run in runs]))
     print(comparison_tables(about, records))
     page = args.output_path / "report.html"

@@ -2,12 +2,12 @@
 Speed of the evaluation: images/s of test_parti.py's way and of a plain loop of batches of 4, side by side.
 
 $ python -m benchmarks.eval                                   the miniature; minutes on a CPU
-$ python -m benchmarks.eval --limit 64 --batch-size 32        options are those of test_parti.py
+$ python -m benchmarks.eval --limit 64 --batch-size 32        those options of test_parti.py that both ways have
 
-The plain loop is the published script's way: a stock pipeline draws four images, by both text encoders; they are saved;
-each reward scores them, each prompt's text features computed on their own; then the next four. Both ways make the same
-images from the same noise, which is checked. They are timed in turn, A B A B, after a warm-up, models loaded before,
-and each once more with a clock around its parts.
+The plain loop is the published script's way: a stock pipeline draws four images, by both text encoders; they are
+saved; each reward scores them, each prompt's text features computed on their own; then the next four. Both ways make
+the same images from the same noise, which is checked: more than one grey level apart is an error. They are timed in
+turn, A B A B, after a warm-up, models loaded before, and each once more with a clock around its parts.
 """
 
 import copy
@@ -30,7 +30,7 @@ from transformers import CLIPTextModel
 from rewards.base import Reward
 from textcraftor.benchmarks import PARTI
 from textcraftor.checkpoints import load_text_encoder, save_text_encoder
-from textcraftor.errors import run_program
+from textcraftor.errors import UserError, run_program
 from textcraftor.evaluation import check_arguments, generator, parse_arguments, work_through
 from textcraftor.models import load_model, quiet_libraries
 from textcraftor.report import Table
@@ -46,6 +46,16 @@ PARTS = (
     (Reward, "text_features", "rewards: prompts"),
     (Image.Image, "save", "saving"),
 )
+
+
+def check_plain(args):
+    """Raise UserError for options that the plain loop does not know: the two ways would make different images."""
+    others = {"unet_path": "", "score_only": "", "prompt_eng": "", "scheduler": "DDIM", "prompt_weighting": 1}
+    for name, only in others.items():
+        if getattr(args, name) != only:
+            raise UserError(f"--{name} {getattr(args, name)}: the plain loop has no such thing; leave it out")
+    if args.grad_steps == args.step:
+        raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: the plain loop starts with the original")
 
 
 def plain_way(args, scorers, output, device):
@@ -168,10 +178,11 @@ def main(argv=None):
         argv = argv if "--model" in argv else ["--model", "miniature", *argv]
         args = parse_arguments(PARTI, __doc__, argv)
         check_arguments(args)
+        check_plain(args)
         if not args.text_path:
             args.text_path = f"{folder}/tc_text.safetensors"
             another_encoder(args.model, args.text_path)
-        rows = PARTI.read(Path(args.prompts))[: args.limit]
+        rows = PARTI.read(Path(args.prompts))[: args.limit or None]
         scorers = load_scorers(PARTI.rewards, args.weights, device, args.hps_version)
         plain, ours = plain_way(args, scorers, outputs[0], device), our_way(args, scorers, outputs[1], accelerator)
         ways = {"plain loop of 4": plain, f"test_parti.py, batches of {args.batch_size}": ours}
@@ -200,11 +211,14 @@ def main(argv=None):
         first, second = (
             np.stack([np.asarray(Image.open(output / row["file"])).astype(int) for row in rows]) for output in outputs
         )
-        print(f"\nlargest difference: {np.abs(first - second).max()} of 255 grey levels", end="")
+        largest = np.abs(first - second).max()
+        print(f"\nlargest difference: {largest} of 255 grey levels", end="")
         for column in scorers:
             a, b = ([found[row["index"]][column] for row in rows] for found in scores.values())
             print(f", {column} {np.abs(np.subtract(a, b)).max():.1e}", end="")
         print()
+        if largest > 1:
+            sys.exit("error: the two ways make different images, so their speeds tell nothing")
 
 
 if __name__ == "__main__":

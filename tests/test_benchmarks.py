@@ -114,9 +114,18 @@ def test_partiprompts_come_from_the_hub_or_else_from_google_and_must_be_the_righ
 
 
 def test_hpsv2s_lists_come_from_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "_from_hub", lambda repository, file: json.dumps([f"{repository} {file}"]).encode())
+    def prompts(repository, file, count=800):
+        return json.dumps([f"{repository} {file}"] * count).encode()
+
+    monkeypatch.setattr(benchmarks, "_from_hub", lambda *file: prompts(*file, 800 - ("photo" in file[1])))
+    with pytest.raises(UserError, match="799 prompts in benchmark/photo.json, expected 800"):
+        fetch_hpsv2(tmp_path / "HPDv2")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(benchmarks, "_from_hub", prompts)
     fetch_hpsv2(tmp_path / "HPDv2")
-    rows = read_hpsv2(tmp_path / "HPDv2")
+    fetch_hpsv2(tmp_path / "HPDv2")  # as every process does
+    assert [path.name for path in tmp_path.iterdir()] == ["HPDv2"]
+    rows = read_hpsv2(tmp_path / "HPDv2")[::800]
     assert [row["category"] for row in rows] == ["anime", "concept-art", "paintings", "photo"]
     assert rows[0]["prompt"] == "zhwang/HPDv2 benchmark/anime.json"
     monkeypatch.undo()

@@ -35,7 +35,7 @@ def make_run(folder, shift=0.0, settings=(), unread=(), absent=(), scores=("clip
     noise = np.random.default_rng(int(1000 * shift)).normal(0, 0.1, (COUNT, len(scores)))
     rows = []
     for i in range(COUNT):
-        prompt = HOSTILE if i == 3 else f"prompt {i}"
+        prompt = {3: HOSTILE, 4: "a\rb\u2028c\x85d\x0ce\nf"}.get(i, f"prompt {i}")
         row = {"index": i, "prompt": prompt, "category": "AB"[i % 2], "challenge": "Basic", "file": f"{i:05d}.png"}
         Image.new("RGB", size, (i, int(100 * shift), 200)).save(folder / row["file"])
         values = {name: shift + i / 10 + noise[i, k] for k, name in enumerate(scores)}
@@ -148,7 +148,7 @@ def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys)
     assert found["notes"] == [
         "A: 5 of 40 images have no partner in every other run and are left out",
         "B: 5 of 40 images have no partner in every other run and are left out",
-        "C: 2 of 37 images could not be read and are left out",
+        "C: 2 of 37 images have no score and are left out",
         "the runs differ in seed: A 2023, B 2023, C 7",
     ]
     assert all(f"note: {note}" in output for note in found["notes"])
@@ -167,15 +167,19 @@ def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys)
     assert compared() == before  # seeded
 
 
-def test_a_score_of_one_run_alone_is_left_out(runs):
+def test_a_score_of_one_run_alone_is_left_out(runs, capsys):
     make_run("more", 0.2, scores=("clip", "aesthetic", "hps_v2.0"))
+    main([*runs])
+    main([*runs])
+    assert "replacing" not in capsys.readouterr().out
     main([runs[0], "more"])
+    assert "compare: replacing the comparison of original, tuned" in capsys.readouterr().out
     assert compared()["notes"] == ["hps_v2.0 is left out, being known of B alone"]
     assert {record["score"] for record in compared()["results"]} == {"clip", "aesthetic"}
 
 
 def test_prompts_that_scores_used_are_told(runs):
-    make_run("extended", 0.1, {"score_prompt": "extended"})
+    make_run("extended", 0.1, {"score_prompt": "extended", "prompt_eng (sha256)": "e" * 64})
     main([runs[0], "extended"])
     assert compared()["notes"] == ["scored with different prompts: A with the original ones, B with the extended ones"]
     assert "scored with its extended prompts" in Path("compare/report.html").read_text()
@@ -229,9 +233,22 @@ def test_runs_of_the_benchmark_programs(stable_diffusion, rewards_root, tmp_path
     tables = [pd.read_csv(Path(name) / "scores.csv") for name in ("a", "scored")]
     (record,) = [r for r in compared()["results"] if (r["run"], r["by"], r["score"]) == (1, "all", "aesthetic")]
     assert record["difference"] == pytest.approx((tables[1]["aesthetic"] - tables[0]["aesthetic"]).mean())
-    assert "the runs differ in seed: A 2023, B –" in compared()["notes"]
+    assert compared()["notes"] == ["B: how its images were made is not known"]
     lines = script(Path("compare/report.html").read_text(), "images-0").split("\n")
     assert lines[0] == lines[1] != lines[2] == lines[3]  # the same files, where they lie
+
+    # A folder with its own scores can be moved; one whose images' folder is gone may have got them.
+    images = Path("theirs")
+    images.mkdir()
+    for name in ("00000.png", "00001.png"):
+        images.joinpath(name).write_bytes(Path("a", name).read_bytes())
+    evaluate(PARTI, "", [*common, "--score_only", "theirs"])
+    for before, after in (("theirs", "moved"), ("a", "scored/a")):
+        Path(before).rename(after)
+    for name in ("00000.png", "00001.png"):
+        Path("scored/a", name).rename(Path("scored", name))
+    main(["moved", "scored"])
+    assert script(Path("compare/report.html").read_text(), "images-0").split("\n") == lines
 
 
 # Pages
@@ -262,7 +279,8 @@ def test_a_page_needs_nothing_and_takes_no_prompt_for_html(runs, name):
     assert page.count("https:") == script(page, "data").count("https:") and "http:" not in page
     assert "default-src 'none'" in page
     content = json.loads(script(page, "data"))
-    assert HOSTILE in (content["prompts"] if name == "blind.html" else [row[1] for row in content["rows"]])
+    prompts = content["prompts"] if name == "blind.html" else [row[1] for row in content["rows"]]
+    assert HOSTILE in prompts and "a\rb\u2028c\x85d\x0ce\nf" in prompts
 
 
 def test_the_report_holds_every_image_in_its_place(runs):
@@ -316,6 +334,11 @@ def blind(*arguments):
     count = -(-len(content["prompts"]) // 16)
     lines = [line for n in range(count) for line in script(page, f"images-{n}").split("\n")]
     return page, content, json.loads(base64.b64decode(content["sealed"])), lines
+
+
+def test_options_may_stand_between_the_runs(runs):
+    main([runs[0], "--blind", runs[1], "--limit", "2"])
+    assert Path("compare/blind.html").is_file()
 
 
 def test_the_page_for_votes_shows_either_first_and_tells_nothing(runs):

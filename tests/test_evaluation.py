@@ -30,7 +30,7 @@ from textcraftor import generate
 from textcraftor.benchmarks import HPSV2, PARTI
 from textcraftor.checkpoints import save_text_encoder
 from textcraftor.errors import UserError
-from textcraftor.evaluation import evaluate, parse_arguments, work_through
+from textcraftor.evaluation import evaluate, parse_arguments, start_worker, work_through
 from textcraftor.models import load_model
 from textcraftor.report import Table, style_scores, summarize
 from textcraftor.scores import score_files, weights_hash, whole_view
@@ -243,6 +243,41 @@ def test_a_limit_can_be_raised_and_lowered(parti):
     assert len(Path("out/results.md").read_text().splitlines()) == 2 + 2  # a line for each of the two results
 
 
+def test_a_longer_run_that_is_not_finished_has_no_summary(parti, monkeypatch):
+    parti("--limit", 2)
+
+    def killed(pipeline, tuned, prompts, indices, **how):
+        assert not Path("out/summary.json").exists()
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(generate, "generate", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        parti()
+    assert not Path("out/summary.json").exists() and len(table()) == 2
+
+
+def test_an_image_without_a_finite_score_is_named_counted_and_made_again(parti, monkeypatch, capsys):
+    parti("--output_path", "whole")
+    real = generate.generate
+
+    def overflowed(pipeline, tuned, prompts, indices, **how):
+        images = real(pipeline, tuned, prompts, indices, **how)
+        return torch.where(torch.tensor(indices).view(-1, 1, 1, 1) == 3, torch.nan, images)
+
+    monkeypatch.setattr(generate, "generate", overflowed)
+    parti()
+    found, rows = summary(), table()
+    assert found["images"]["scored"] == 4 and found["images"]["of"] == 5
+    assert "clip is nan" in found["images"]["unreadable"]["00003.png"]
+    assert "00003.png: clip is nan" in capsys.readouterr().out and "NaN" not in Path("out/summary.json").read_text()
+    assert rows[COLUMNS].isna().all(axis=1).tolist() == [False, False, False, True, False]
+    for column in COLUMNS:
+        assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
+    monkeypatch.setattr(generate, "generate", real)
+    parti()
+    assert contents("out")["scores.csv"] == contents("whole")["scores.csv"] and summary() == summary("whole")
+
+
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])
 def test_the_batch_size_changes_nothing(parti, scheduler):
     parti("--scheduler", scheduler)
@@ -278,6 +313,21 @@ def test_two_batches_are_in_work_at_once_and_come_in_order(tmp_path):
     assert list(done) == pd.read_csv(tmp_path / "scores.csv")["index"].tolist() == list(range(7))
 
 
+def test_workers_go_to_their_processs_gpu(monkeypatch):
+    """accelerate's device has an index only where there are several; torch refuses one without."""
+    went = []
+
+    def set_device(device):
+        if device.index is None:
+            raise ValueError("Expected a torch.device with a specified index")
+        went.append(device.index)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:3"):
+        start_worker(torch.device(name), torch.get_num_threads())
+    assert went == [0, 3]
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes(parti, models):
     parti("--output_path", "one")
@@ -304,7 +354,7 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(parti, stable_dif
         ("--seed", 7, "with seed = 2023, not 7"), ("--grad_steps", 1, "with grad_steps = 2, not 1"),
         ("--scheduler", "UniPC", "with scheduler = DDIM, not UniPC"), ("--guidance", 3, "with guidance = 7.5, not 3.0"),
         ("--text_path", tmp_path / "tc_text.safetensors", r"with text_path \(sha256\) = "),
-        ("--score_only", "out", "with score_only = None"),
+        ("--score_only", "out", "with scheduler = DDIM, not None"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             parti("--limit", 1, flag, value)
@@ -344,6 +394,7 @@ def test_images_of_any_model_are_scored_and_bad_files_counted(parti, rewards_roo
         assert found["scores"][column]["mean"] == pytest.approx(rows[column].mean())
     unreadable = found["images"]["unreadable"]
     assert found["images"]["scored"] == 3 and found["images"]["of"] == 5
+    assert found["images"]["prompts_cut"] is None
     assert unreadable["00004.png"] == "no such file" and "cannot be decoded" in unreadable["00003.png"]
     output = capsys.readouterr().out
     assert "3 of 5 images scored" in output and "00003.png: cannot be decoded" in output
@@ -372,6 +423,10 @@ def test_versions_of_hpsv2_are_told_apart(hpsv2, rewards_root, tmp_path, capsys)
     hpsv2("--hps_version", "2.1", "--weights", tmp_path, "--limit", 1)
     assert "hps_v2.1" in table().columns and summary()["settings"]["hps_version"] == "2.1"
     assert "hps_version 2.1" in Path("out/results.md").read_text()
+    with pytest.raises(UserError, match="2.1, not 2.0; .* or score its images anew by --score_only out --output_path"):
+        hpsv2("--limit", 1)
+    with pytest.raises(UserError, match="2.1, not 2.0; .* choose another --output_path$"):
+        hpsv2("--limit", 1, "--seed", 1)
 
 
 # --prompt_eng
@@ -455,18 +510,48 @@ def test_the_miniature_has_an_extender_of_its_own():
     ("--model miniature", "miniature_parti"),
     ("--model miniature --text_path output/tc_text.safetensors", "miniature_output_tc_text_parti"),
     ("--model ./models/other-model", "other-model_parti"),
+    ("--hps_version 2.1", "original_parti_v2.1"),
+    ("--hps_version 2.0 --limit 8", "original_parti"),
+    ("--prompt_eng --score_prompt original", "original_prompt_eng_parti_score_original"),
+    ("--model miniature --scheduler UniPC --seed 7", "miniature_parti_UniPC_seed_7"),
+    ("--model ..", f"{Path('..').resolve().name}_parti"),
 ])  # fmt: skip
 def test_the_default_folder_says_what_is_tested(arguments, folder):
     assert parse_arguments(PARTI, "", arguments.split()).output_path == f"tests/{folder}"
     assert parse_arguments(PARTI, "", [*arguments.split(), "--output_path", "mine"]).output_path == "mine"
 
 
-def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, capsys):
+@pytest.fixture(scope="module")
+def speed():
+    """benchmarks/eval.py as a module."""
     spec = importlib.util.spec_from_file_location("benchmarks_eval", ROOT / "benchmarks" / "eval.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    program.main([*map(str, models), "--prompts", "parti.tsv", "--batch-size", "2"])
-    *_, differences = capsys.readouterr().out.splitlines()
+    return program
+
+
+@pytest.mark.parametrize("arguments", [
+    "--unet_path u.pth", "--scheduler UniPC", "--prompt_weighting 0.5", "--prompt_eng", "--score_only .",
+    "--grad_steps 25",
+])  # fmt: skip
+def test_the_benchmark_of_speed_refuses_what_its_plain_loop_does_not_know(work, speed, arguments):
+    with pytest.raises(UserError, match=f"{arguments.split()[0]} .*: the plain loop"):
+        speed.main(arguments.split())
+
+
+def test_the_benchmark_of_speed_tells_nothing_of_different_images(work, models, speed, monkeypatch):
+    def noisier(seed, indices, shape):
+        return generate.prompt_noise(seed + 1, indices, shape)
+
+    monkeypatch.setattr(speed, "prompt_noise", noisier)
+    with pytest.raises(SystemExit, match="different images"):
+        speed.main([*map(str, models), "--prompts", "parti.tsv", "--limit", "1"])
+
+
+def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, speed, capsys):
+    speed.main([*map(str, models), "--prompts", "parti.tsv", "--batch-size", "2", "--limit", "0"])
+    *head, differences = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("5 images on ") for line in head)
     found = re.match(r"largest difference: ([01]) of 255 grey levels, (.*)", differences)[2]
     columns, values = zip(*(item.split() for item in found.split(", ")), strict=True)
     assert list(columns) == COLUMNS and max(map(float, values)) < 1e-4
@@ -477,6 +562,8 @@ def test_the_benchmark_of_speed_makes_the_same_images_and_scores(work, models, c
     (["--guidance", "0.5"], "--guidance 0.5: must be at least 1"),
     (["--score_only", "none"], "--score_only none: no such folder"),
     (["--scheduler", "Karras"], "invalid choice"),
+    (["--score_prompt", "original"], "--score_prompt original: is of --prompt_eng"),
+    (["--score_prompt", "extended"], "--score_prompt extended: is of --prompt_eng"),
     (["--model", "./none"], "no such model"),
     (["--text_path", "none.pth"], "none.pth: no such weights"),
     (["--score_only", "."], "has no image of this benchmark; the first would be 00000.png"),
@@ -502,6 +589,11 @@ def test_rows_of_a_table_survive_commas_quotes_and_line_breaks(tmp_path):
     scores.add([row | {"clip": 0.25 + row["index"]} for row in rows[:2]])
     scores.add([rows[2] | {"problem": "no such file"}])
     assert scores.read(rows) == {0: rows[0] | {"clip": 0.25}, 1: rows[1] | {"clip": 1.25}}
+    prompts = ["a\u2028b", "a\x85b", "a\x0cb", "a\x1cb", "a\rb", "a\r\nb"]
+    odd = [{"index": 3 + i, "prompt": prompt, "file": "-", "clip": 0.5} for i, prompt in enumerate(prompts)]
+    more = Table(tmp_path / "more.csv", ["index", "prompt", "file"], ["clip"])
+    more.write(odd)
+    assert list(more.read(odd).values()) == odd
     with open(tmp_path / "scores.csv", newline="") as file:
         assert [row["clip"] for row in csv.DictReader(file)] == ["0.25", "1.25", ""]
 

@@ -71,8 +71,20 @@ def test_benchmarks_take_the_papers_text_encoder_and_pass_flags_on(repository, a
     assert one.stdout == f"{program} {paper}\n", one.stderr
     two = run(repository / script, "--limit", "8", path=active, GPUS="2", **environment)
     assert "--num_processes 2 " in two.stdout and two.stdout.endswith(f"{program} {paper} --limit 8\n")
-    miniature = run(repository / script, "--model", "miniature", path=active, GPUS="0", **environment)
-    assert miniature.stdout == f"{program} --model miniature\n", miniature.stderr
+
+
+@pytest.mark.parametrize("script", BENCHMARKS)
+@pytest.mark.parametrize("arguments", [
+    ["--model", "miniature"], ["--text_path", "a.pth"], ["--text-path=a.pth"], ["--limit", "8", "--text_path", ""],
+    ["--text_path="], ["--unet_path", "u.pth", "--seed", "1"], ["--unet-path=u.pth"], ["--prompt_eng"],
+    ["--prompt_eng=mine"], ["--prompt-eng", "mine"], ["--score_only", "my images"], ["--score-only=images"],
+])  # fmt: skip
+def test_benchmarks_leave_the_papers_text_encoder_out_where_something_else_is_tested(
+    repository, active, script, arguments
+):
+    done = run(repository / script, *arguments, path=active, GPUS="1", VIRTUAL_ENV="/some/env", LACKS="0")
+    expected = " ".join([f"{repository}/{script.replace('.sh', '.py')}", *arguments])
+    assert done.stdout == f"{expected}\n", done.stderr
 
 
 TORCHRUN = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}

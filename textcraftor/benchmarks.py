@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from textcraftor.errors import UserError, first_line
@@ -18,6 +20,7 @@ PARTI_FILE = "PartiPrompts.tsv"
 PARTI_SHA256 = "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb"
 PARTI_URL = "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv"
 HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+HPDV2_PROMPTS = 800  # of each style
 
 
 def read_parti(path: Path) -> list[dict]:
@@ -106,7 +109,10 @@ def fetch_parti(path: Path) -> None:
 
 
 def fetch_hpsv2(path: Path) -> None:
-    """Write the four lists of the HPSv2 benchmark into the folder `path`, from the hub; UserError if that fails."""
+    """Write the four lists of the HPSv2 benchmark into the folder `path`, from the hub, all or none of them.
+
+    Raises UserError if that fails or a list has not the prompts that it should have.
+    """
     try:
         contents = {style: _from_hub("zhwang/HPDv2", f"benchmark/{style}.json") for style in HPDV2_STYLES}
     except Exception as problem:  # of the hub's client
@@ -114,8 +120,22 @@ def fetch_hpsv2(path: Path) -> None:
             f"the HPSv2 benchmark could not be fetched ({first_line(problem)}); put benchmark/*.json of the hub's data "
             f"set zhwang/HPDv2 into {path}, or name a folder with --prompts"
         ) from problem
-    for style, content in contents.items():
-        _write(path / f"{style}.json", content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as beside:
+        whole = Path(beside, path.name)
+        for style, content in contents.items():
+            _write(whole / f"{style}.json", content)
+        for style, count in Counter(row["category"] for row in read_hpsv2(whole)).items():
+            if count != HPDV2_PROMPTS:
+                raise UserError(
+                    f"the hub's zhwang/HPDv2 has {count} prompts in benchmark/{style}.json, expected {HPDV2_PROMPTS}; "
+                    "name a folder with the right ones with --prompts"
+                )
+        try:
+            whole.rename(path)
+        except OSError:
+            if not path.is_dir():  # where another process was first
+                raise
 
 
 class Benchmark(NamedTuple):

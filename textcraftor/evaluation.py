@@ -26,9 +26,11 @@ from textcraftor.report import Table, check_settings, style_scores, summarize, w
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
 
+MODEL = "./stable-diffusion-v1-5"
+
 # fmt: off
 OPTIONS = (
-    ("--model",            "./stable-diffusion-v1-5", "folder, file, hub id, or `miniature` (its own prompts)"),
+    ("--model",            MODEL,                     "folder, file, hub id, or `miniature` (its own prompts)"),
     ("--weights",          str(REPOSITORY),           "where the rewards' weights lie: hpsv2/, pickscore/, aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder: safetensors, .pth, folder or hub id"),
     ("--unet_path",        "",                        "tuned UNet, likewise"),
@@ -45,7 +47,7 @@ OPTIONS = (
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
     ("--seed",             2023,                      "of the noise, with each prompt's number"),
     ("--batch-size",       8,                         "images at once on each device"),
-    ("--score_prompt",     ("extended", "original"),  "the prompts that scores use after --prompt_eng"),
+    ("--score_prompt",     ("", "extended", "original"), "what scores use after --prompt_eng (default: extended)"),
 )
 # fmt: on
 EXTENDER = "daspartho/prompt-extend"
@@ -103,6 +105,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
+        (output / "summary.json").unlink(missing_ok=True)  # of a run with another --limit: this one is not finished
         write_whole(output / "settings.json", json.dumps(settings, indent=2) + "\n")
         table.write(done.values())
     before = sum(row["index"] in done for row in rows)
@@ -135,7 +138,11 @@ def parse_arguments(benchmark, description, argv):
         "is named)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    default_output = f"tests/{run_name(args)}_{benchmark.name}"
+    if args.score_prompt and not args.prompt_eng:
+        raise UserError(f"--score_prompt {args.score_prompt}: is of --prompt_eng; without it, leave this out")
+    parser.set_defaults(score_prompt="extended")
+    args = parser.parse_args(argv)
+    default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
         folder = REPOSITORY / "miniature"
@@ -150,17 +157,22 @@ def parse_arguments(benchmark, description, argv):
     return args
 
 
-def run_name(args):
-    """What is tested, as the start of a folder's name: "paper_ckpt", "original", "miniature_output_tc_text", …"""
+def run_name(args, benchmark, default):
+    """What is tested, on what and how, as a folder's name: "paper_ckpt_parti", "original_hpsv2_v2.1", …"""
 
     def last_parts(path, count):
         parts = [part for part in Path(path).parts[-count:] if part.strip("./")]
+        parts = parts or [Path(path).resolve().name]
         return "_".join(part.removesuffix(".safetensors").removesuffix(".pth") for part in parts)
 
-    names = [] if args.model == OPTIONS[0][1] else [last_parts(args.model, 1)]
+    names = [] if args.model == MODEL else [last_parts(args.model, 1)]
     tuned = [path for path in (args.text_path, args.unet_path) if path]
     names += ["paper_ckpt" if Path(path) == Path(PAPER) else last_parts(path, 2) for path in tuned]
-    return "_".join([*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else [])])
+    names = [*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else []), benchmark]
+    for option, before in (("hps_version", "v"), ("score_prompt", "score_"), ("scheduler", ""), ("seed", "seed_")):
+        value = getattr(args, option)
+        names += [f"{before}{value}"] if value != default(option) else []
+    return "_".join(names)
 
 
 def check_arguments(args):
@@ -183,7 +195,7 @@ class Maker(NamedTuple):
     work: Callable[[list[dict]], list[dict]]
     settings: dict
     columns: list[str]  # what it adds to a row beside the scores
-    count_cut: Callable[[list[dict]], int]  # how many rows' prompts are longer than the text encoder reads
+    count_cut: Callable[[list[dict]], int | None]  # rows whose prompts the text encoder did not read whole, if known
 
 
 def generator(benchmark, args, scorers, view, device):
@@ -250,7 +262,9 @@ def reader(args, rows, scorers, view):
         scores = score_files(scorers, paths, [row["prompt"] for row in rows], view)
         return [row | score for row, score in zip(found, scores, strict=True)]
 
-    return Maker(work, {"score_only": str(folder.resolve())}, [], lambda rows: 0)
+    # A folder that holds its own scores may be moved with them.
+    elsewhere = Path(args.output_path).resolve() != folder.resolve()
+    return Maker(work, {"score_only": str(folder.resolve())} if elsewhere else {}, [], lambda rows: None)
 
 
 def save_image(pixels, path):
@@ -261,6 +275,15 @@ def save_image(pixels, path):
     unfinished = path.with_name(f"unfinished_{path.name}")
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(unfinished)
     os.replace(unfinished, path)
+
+
+def start_worker(device, threads):
+    """Give the calling thread its cores, and its process's GPU: both are of each thread alone."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if device.type == "cuda" and device.index is not None:  # accelerate gives none where there is one GPU
+        torch.cuda.set_device(device)
 
 
 def work_through(accelerator, rows, done, batch_size, work, table):
@@ -286,10 +309,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     cores = torch.get_num_threads()
     workers = WORKERS if device.type == "cuda" else min(WORKERS, cores)
 
-    def start_worker():
-        torch.set_num_threads(cores // workers)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    start = partial(start_worker, device, cores // workers)
 
     def do(share):
         return work(share) if share else []
@@ -297,7 +317,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     bar = tqdm(total=len(rows), initial=len(rows) - missing, disable=not is_main, dynamic_ncols=True, unit="image")
     with stop_signals() as stop, bar, ExitStack() as at_end:
         at_end.callback(torch.set_num_threads, cores)  # which is not of each thread alone, in all libraries
-        pool = at_end.enter_context(ThreadPoolExecutor(workers, initializer=start_worker))
+        pool = at_end.enter_context(ThreadPoolExecutor(workers, initializer=start))
         begun = deque(pool.submit(do, share) for share in islice(mine, workers))
         while begun:
             parts = gather_object([(row, len(stop)) for row in begun.popleft().result()])

@@ -1,7 +1,9 @@
 """What a benchmark run writes: settings.json, scores.csv, summary.json and results.md."""
 
 import csv
+import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import numpy as np
 from textcraftor.errors import UserError
 
 GROUPS = 10  # of a style, whose means' deviation is reported
+SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # how the names of the settings begin that make no image another
 
 
 class Table:
-    """scores.csv: one row an image, of what is known of it and its scores; empty scores where it could not be read."""
+    """scores.csv: one row an image, of what is known of it and its scores; empty scores where it has none."""
 
     def __init__(self, path, about, scores):
         self.path, self.about, self.scores = path, about, scores
@@ -21,17 +24,20 @@ class Table:
     def read(self, rows):
         """{index: row} of those of `rows` that the file has complete with scores, as they stand there.
 
-        Nothing else counts: half a last row, and rows of files that could not be read.
+        Nothing else counts: half a last row, and rows of files that could not be scored.
         """
         if not self.path.is_file():
             return {}
-        text = self.path.read_text(encoding="utf-8")
+        with open(self.path, encoding="utf-8", newline="") as file:
+            text = file.read()
         known = {row["index"]: row for row in rows}
         done = {}
-        for cells in csv.DictReader(text[: text.rfind("\n") + 1].splitlines(keepends=True)):
+        for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
             row = known.get(int(cells["index"])) if (cells["index"] or "").isdigit() else None
-            if row and cells["prompt"] == row["prompt"] and all(cells[name] for name in self.scores):
-                scores = {name: float(cells[name]) for name in self.scores}
+            if not row or cells["prompt"] != row["prompt"] or not all(cells[name] for name in self.scores):
+                continue
+            scores = {name: float(cells[name]) for name in self.scores}
+            if all(map(math.isfinite, scores.values())):
                 done[row["index"]] = {name: cells[name] for name in self.about} | {"index": row["index"]} | scores
         return done
 
@@ -44,14 +50,15 @@ class Table:
         """Replace the file by the header and these rows."""
         unfinished = self.path.with_name(f"{self.path.name}.tmp")
         with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([*self.about, *self.scores])
+            csv.writer(file).writerow([*self.about, *self.scores])
             self._write(file, rows)
         os.replace(unfinished, self.path)
 
     def _write(self, file, rows):
+        # Lines end as csv ends them: with a bare "\n" it leaves "\r" in a prompt unquoted, before Python 3.13.
         for row in rows:
             scores = [f"{row[name]:.7g}" if name in row else "" for name in self.scores]
-            csv.writer(file, lineterminator="\n").writerow([*(row[name] for name in self.about), *scores])
+            csv.writer(file).writerow([*(row[name] for name in self.about), *scores])
 
 
 def check_settings(folder, settings, rows):
@@ -66,12 +73,14 @@ def check_settings(folder, settings, rows):
                 )
         return
     earlier = json.loads(path.read_text())
-    for name in dict.fromkeys([*settings, *earlier]):
-        if settings.get(name) != earlier.get(name):
-            raise UserError(
-                f"{folder} holds a run with {name} = {earlier.get(name)}, not {settings.get(name)}; "
-                "repeat its settings, or choose another --output_path"
-            )
+    differing = [name for name in dict.fromkeys([*settings, *earlier]) if settings.get(name) != earlier.get(name)]
+    if differing:
+        same_images = all(name.startswith(SCORING) for name in differing)
+        score = f", or score its images anew by --score_only {folder} --output_path …" if same_images else ""
+        raise UserError(
+            f"{folder} holds a run with {differing[0]} = {earlier.get(differing[0])}, not "
+            f"{settings.get(differing[0])}; repeat its settings, or choose another --output_path{score}"
+        )
 
 
 def write_results(folder, summary):

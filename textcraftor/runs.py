@@ -11,8 +11,9 @@ from typing import NamedTuple
 from textcraftor.errors import UserError, first_line
 
 # Settings that are expected to differ, being what is compared.
-COMPARED = ("text_path (sha256)", "unet (sha256)")
-SOURCES = ("model", "text_path", "unet_path", "prompt_eng")
+COMPARED = ("text_path (sha256)", "unet (sha256)", "prompt_eng (sha256)")
+SOURCES = ("model", "text_path", "unet_path", "prompt_eng", "score_only")
+UNKNOWN = "–"
 
 
 class Run(NamedTuple):
@@ -27,8 +28,9 @@ class Run(NamedTuple):
     rows: dict[tuple[int, str], dict]
 
     def image(self, key):
-        """The path of an image; one that --score_only scored lies in the folder that it was given."""
-        return Path(self.settings.get("score_only") or self.folder) / self.rows[key]["file"]
+        """The path of an image; one that --score_only scored lies in the folder that it was given, if that is there."""
+        folder = Path(self.settings.get("score_only") or self.folder)
+        return (folder if folder.is_dir() else self.folder) / self.rows[key]["file"]
 
 
 def read_runs(folders):
@@ -75,7 +77,7 @@ def _read_row(cells, scores, place):
     row |= {name: float(cells[name]) for name in scores}
     for name in scores:
         if not math.isfinite(row[name]):
-            raise UserError(f"{place}: {name} is {cells[name]}, no number to compare; delete the line and run again")
+            raise UserError(f"{place}: {name} is {cells[name]}, no number to compare; run the benchmark again")
     return row
 
 
@@ -122,7 +124,7 @@ def notes(runs, columns, keys):
     for run in runs:
         problems = sum("problem" in row for row in run.rows.values())
         unpaired = len(run.rows) - len(keys) - problems
-        for count, why in ((problems, "could not be read"), (unpaired, "have no partner in every other run")):
+        for count, why in ((problems, "have no score"), (unpaired, "have no partner in every other run")):
             if count:
                 lines.append(f"{run.label}: {count} of {len(run.rows)} images {why} and are left out")
     for score in dict.fromkeys(name for run in runs for name in run.scores):
@@ -133,8 +135,9 @@ def notes(runs, columns, keys):
     if len(set(prompts)) > 1:
         told = ", ".join(f"{run.label} with the {kind} ones" for run, kind in zip(runs, prompts, strict=True))
         lines.append(f"scored with different prompts: {told}")
+    lines += [f"{run.label}: how its images were made is not known" for run in runs if "seed" not in run.settings]
     for name, values in settings_table(runs).items():
-        if len(set(values)) > 1 and name not in (*COMPARED, *SOURCES, "score_prompt"):
+        if len({*values} - {UNKNOWN}) > 1 and name not in (*COMPARED, *SOURCES, "score_prompt"):
             told = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
             lines.append(f"the runs differ in {name}: {told}")
     return lines
@@ -150,12 +153,12 @@ def settings_table(runs):
     every = [{name: run.summary.get(name) for name in SOURCES} | run.settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     table = {name: [_short(name, settings.get(name)) for settings in every] for name in names}
-    return {name: values for name, values in table.items() if set(values) != {"–"}}
+    return {name: values for name, values in table.items() if set(values) != {UNKNOWN}}
 
 
 def _short(name, value):
     if value in (None, ""):
-        return "–"
+        return UNKNOWN
     return str(value)[:12] if "(sha256)" in name else str(value)
 
 

@@ -1,6 +1,7 @@
 """Scores of images, from the decoder or from files."""
 
 import hashlib
+import math
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -45,7 +46,8 @@ def check_scorers(names, root, hps_version):
 def score_images(scorers, images, prompts):
     """Images (B, 3, H, W), in [0, 1] but for a bicubic overshoot, and B prompts -> B dicts {column: score}.
 
-    Scores are rewards without their scale and weight. Threads may share the scorers.
+    Scores are rewards without their scale and weight; where one is not finite, as of colours that overflowed, it is
+    {"problem": why} for that image. Threads may share the scorers.
     """
     features = [scorer.image_features(images.float()) for scorer in scorers.values()]
     with _reading_prompts:
@@ -53,13 +55,19 @@ def score_images(scorers, images, prompts):
     columns = [column.tolist() for column in columns]
     # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
     rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
-    return [dict(zip(scorers, row, strict=True)) for row in rows]
+    return [_finite(dict(zip(scorers, row, strict=True))) for row in rows]
+
+
+def _finite(scores):
+    wrong = [f"{name} is {score}" for name, score in scores.items() if not math.isfinite(score)]
+    return {"problem": f"{', '.join(wrong)}: no score"} if wrong else scores
 
 
 def score_files(scorers, paths, prompts, view):
     """Score image files, each after view(RGB picture) -> (3, H, W).
 
-    Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing or cannot be decoded.
+    Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing, cannot be decoded or
+    has no finite score.
     """
     pixels = [_read(path, view) for path in paths]
     results = [{"problem": found} if isinstance(found, str) else {} for found in pixels]
