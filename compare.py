@@ -80,7 +80,10 @@ def write_comparison(args, runs):
         "prompts": len(keys), "notes": remarks, "method": METHOD, "seed": args.seed, "settings": settings_table(runs),
     }  # fmt: skip
     file = args.output_path / "comparison.json"
-    earlier = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else about["runs"]
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else about["runs"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(f"{file}: is no comparison; choose another --output_path") from problem
     if earlier != about["runs"]:
         print(f"{args.output_path}: replacing the comparison of {', '.join(run['folder'] for run in earlier)}")
     args.output_path.mkdir(parents=True, exist_ok=True)
