@@ -129,6 +129,28 @@ def test_bad_rows_of_other_files(tmp_path, monkeypatch, name, content, prompts, 
     assert (found, dropped["bad"]) == (prompts, bad)
 
 
+@pytest.mark.parametrize(
+    "content, prompts, bad",
+    [
+        ('prompt\tn\n"a red fox\t1\na cat\t2\na dog"\t3\n', ['"a red fox', "a cat", 'a dog"'], []),
+        ('n\tprompt\n1\t"a fox\n2\ta cat\n3\ta dog"\n', ['"a fox', "a cat", 'a dog"'], []),
+        ('prompt\n"a fox\na cat"\n', ['"a fox', 'a cat"'], []),
+        ('prompt\tn\n"a ""red"" fox"\t"1"\n"a" and "b"\t"2"\n"\t3\n', ['a "red" fox', '"a" and "b"', '"'], []),
+        ('prompt\tn\n"a\tfox"\t1\na\tdog\t2\na cat\t3\n', ["a\tfox", "a cat"], [3]),
+        ('prompt\tn\n"a\n\nfox"\t1\na cat\t2\n', ["a\n\nfox", "a cat"], []),
+        ('n\tprompt\r\n1\t"a\r\nfox"\r\n2\ta cat\r\n', ["a\r\nfox", "a cat"], []),
+        ('n\tprompt\tm\n1\t"a\nfox"\t2\n1\t"broken\n1\ta cat\t2\n', ["a\nfox", "a cat"], [4]),
+        ('n\tprompt\tm\n1\t"broken\n1\ta cat\t2\n1\tdog"\t2\n', ["a cat", 'dog"'], [2]),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_a_row_of_a_tsv_is_a_line(tmp_path, monkeypatch, content, prompts, bad, block):
+    monkeypatch.setattr(prompt_files, "BLOCK", block)
+    (tmp_path / "p.tsv").write_bytes(content.encode())
+    found, dropped = read_prompts(tmp_path / "p.tsv")
+    assert (found, dropped["bad"]) == (prompts, bad)
+
+
 def row_by_row(path):
     """The reference: Python's csv module and nothing else, for a table without line breaks in its cells."""
     prompts, bad = {}, []
