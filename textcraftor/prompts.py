@@ -24,6 +24,9 @@ THREADS = 4  # that read blocks
 LINES = 100_000  # lines of other files, and prompts whose checksum is taken at once
 LONGEST = 10_000  # characters; a longer cell of a table is no prompt but rows that a stray quotation mark has joined
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or a byte that is not UTF-8
+# For the whole process, as the csv module has it; its own 128 KiB would refuse cells that pyarrow reads. A cell that is
+# never closed is read so far before it counts as bad.
+csv.field_size_limit(4 * BLOCK)
 
 
 def read_prompts(path):
