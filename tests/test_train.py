@@ -194,7 +194,7 @@ def test_nothing_frozen_ever_has_a_gradient(work, command, rewards_root, monkeyp
     checked = []
 
     def check(seen):
-        networks = [network for network in seen if isinstance(network, torch.nn.Module)]
+        networks = list(filter(is_module, seen))
         assert len(networks) == 4  # original encoder, UNet, VAE, reward
         for network in networks:
             assert all(weight.grad is None and not weight.requires_grad for weight in network.parameters())
@@ -202,6 +202,10 @@ def test_nothing_frozen_ever_has_a_gradient(work, command, rewards_root, monkeyp
 
     train(*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2)
     assert len(checked) == 2
+
+
+def is_module(item):
+    return isinstance(item, torch.nn.Module)
 
 
 def remember(function, seen, before=lambda: None):
@@ -241,16 +245,23 @@ def test_warm_up_and_gradient_clipping(work, command, stable_diffusion, options,
 
 
 @pytest.mark.parametrize("trains", ["tc_text", "tc_unet"])
-def test_low_precision_is_near_full_precision(work, command, rewards_root, trains):
+def test_low_precision_is_near_full_precision(work, command, rewards_root, monkeypatch, trains):
     rates = {"tc_text": ["--lr_text", "1e-4"], "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-4"]}[trains]
     run = [*command, "--weights", rewards_root, "--hpsv2", 1, "--max_steps", 2, *rates]
     train(*run, "--output-path", "fp32")
     AcceleratorState._reset_state(True)
+    seen = []
+    monkeypatch.setattr(models, "load_model", remember(models.load_model, seen))
+    monkeypatch.setattr(rewards, "load_reward", remember(rewards.load_reward, seen))
     train(*run, "--output-path", "bf16", "--mixed_precision", "bf16")
+    kept_in = {type(item).__name__: {weight.dtype for weight in item.parameters()} for item in seen if is_module(item)}
+    expected = dict.fromkeys(["CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL", "Reward"], {torch.bfloat16})
+    assert kept_in == expected | ({"UNet2DConditionModel": {torch.float32}} if trains == "tc_unet" else {})
     for full, low in zip(table("fp32")[1:], table("bf16")[1:], strict=True):
         assert float(low["redness"]) == pytest.approx(float(full["redness"]), abs=0.01)
         assert float(low["hpsv2"]) == pytest.approx(float(full["hpsv2"]), abs=0.03)
         assert float(low["grad_norm"]) == pytest.approx(float(full["grad_norm"]), rel=0.3)
+        assert all(low[name] != full[name] for name in ("redness", "hpsv2", "grad_norm"))
     assert {value.dtype for value in load_file(f"bf16/{trains}.safetensors").values()} == {torch.float32}
 
 
