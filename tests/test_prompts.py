@@ -111,10 +111,26 @@ def test_bad_files_are_named_in_one_line(tmp_path, name, content, problem):
 )
 @pytest.mark.parametrize("block", [7, 2**20])
 def test_bad_rows_of_a_table(tmp_path, monkeypatch, content, prompts, bad, block):
-    monkeypatch.setattr(prompt_files, "BLOCK", max(block, len(content) // 100))
+    monkeypatch.setattr(prompt_files, "BLOCK", max(block, len(content) // 20))
     (tmp_path / "p.csv").write_bytes(content)
     found, dropped = read_prompts(tmp_path / "p.csv")
     assert (found, dropped["bad"]) == (prompts, bad)
+
+
+@pytest.mark.parametrize("length", [200_000, 3_000_000])
+@pytest.mark.parametrize("bad_row", ["", "a cat\n"])
+def test_a_huge_cell_is_none_the_worse_for_a_bad_row_beside_it(tmp_path, length, bad_row):
+    """A bad row has the whole block read by the csv module, which by itself refuses cells of 128 KiB."""
+    huge = "an inner line,2\n" * (length // 16)
+    (tmp_path / "p.csv").write_text(f'prompt,raw\n{bad_row}a fox,"{huge}"\na dog,3\n')
+    found, dropped = read_prompts(tmp_path / "p.csv")
+    assert (found, dropped["bad"]) == (["a fox", "a dog"], [2] * bool(bad_row))
+
+
+def test_line_numbers_can_be_written_down(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,raw\n" + "a fox,1\n" * 200_000 + "a cat\n")
+    bad = read_prompts(tmp_path / "p.csv")[1]["bad"]
+    assert bad == [200_002] and json.dumps(bad)
 
 
 @pytest.mark.parametrize("name, content, prompts, bad", [
@@ -126,6 +142,28 @@ def test_bad_rows_of_other_files(tmp_path, monkeypatch, name, content, prompts, 
     monkeypatch.setattr(prompt_files, "LINES", 2)
     (tmp_path / name).write_bytes(content)
     found, dropped = read_prompts(tmp_path / name)
+    assert (found, dropped["bad"]) == (prompts, bad)
+
+
+@pytest.mark.parametrize(
+    "content, prompts, bad",
+    [
+        ('prompt\tn\n"a red fox\t1\na cat\t2\na dog"\t3\n', ['"a red fox', "a cat", 'a dog"'], []),
+        ('n\tprompt\n1\t"a fox\n2\ta cat\n3\ta dog"\n', ['"a fox', "a cat", 'a dog"'], []),
+        ('prompt\n"a fox\na cat"\n', ['"a fox', 'a cat"'], []),
+        ('prompt\tn\n"a ""red"" fox"\t"1"\n"a" and "b"\t"2"\n"\t3\n', ['a "red" fox', '"a" and "b"', '"'], []),
+        ('prompt\tn\n"a\tfox"\t1\na\tdog\t2\na cat\t3\n', ["a\tfox", "a cat"], [3]),
+        ('prompt\tn\n"a\n\nfox"\t1\na cat\t2\n', ["a\n\nfox", "a cat"], []),
+        ('n\tprompt\r\n1\t"a\r\nfox"\r\n2\ta cat\r\n', ["a\r\nfox", "a cat"], []),
+        ('n\tprompt\tm\n1\t"a\nfox"\t2\n1\t"broken\n1\ta cat\t2\n', ["a\nfox", "a cat"], [4]),
+        ('n\tprompt\tm\n1\t"broken\n1\ta cat\t2\n1\tdog"\t2\n', ["a cat", 'dog"'], [2]),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_a_row_of_a_tsv_is_a_line(tmp_path, monkeypatch, content, prompts, bad, block):
+    monkeypatch.setattr(prompt_files, "BLOCK", block)
+    (tmp_path / "p.tsv").write_bytes(content.encode())
+    found, dropped = read_prompts(tmp_path / "p.tsv")
     assert (found, dropped["bad"]) == (prompts, bad)
 
 

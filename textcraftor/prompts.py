@@ -24,6 +24,9 @@ THREADS = 4  # that read blocks
 LINES = 100_000  # lines of other files, and prompts whose checksum is taken at once
 LONGEST = 10_000  # characters; a longer cell of a table is no prompt but rows that a stray quotation mark has joined
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or a byte that is not UTF-8
+# For the whole process, as the csv module has it; its own 128 KiB would refuse cells that pyarrow reads. A cell that is
+# never closed is read so far before it counts as bad.
+csv.field_size_limit(4 * BLOCK)
 
 
 def read_prompts(path):
@@ -33,6 +36,10 @@ def read_prompts(path):
     are stripped; empty ones and repetitions are dropped, and so are bad rows: broken off, with quotation marks out of
     place or too few or too many cells, with a NUL or what is not UTF-8 in the prompt. After a bad row, reading goes on
     at the next line.
+
+    Most tsv files quote nothing, and a cell may begin with a quotation mark: a row of a tsv is a line, its cells
+    unquoted if wholly in quotation marks and else left as they are. Quotation marks hold tabs only where the line would
+    have too many cells, and join lines only if at most one of these has by itself as many cells as the header.
 
     Returns (list of prompts in the file's order, {"empty": count, "duplicate": count, "bad": line numbers, of parquet
     row numbers}). Raises UserError if there is no such file, it cannot be read, has no rows, or holds no usable prompt.
@@ -151,7 +158,8 @@ def _table_pieces(path, separator):
                 more = file.read(BLOCK)
                 ended = not more
                 data += more or b"\n"  # the last row may lack its line break
-            end = _end_of_rows(data)
+            # In a tsv the number of quotation marks says nothing.
+            end = 0 if separator == "\t" and b'"' in data else _end_of_rows(data)
             if end:
                 waiting.append(threads.submit(_rows, data[:end], line, layout))
             while waiting and (len(waiting) > THREADS or not end):
@@ -159,7 +167,7 @@ def _table_pieces(path, separator):
             if not end:
                 texts, bad, end = _any_rows(data, line, layout, ended)
                 yield texts, bad
-            line += np.count_nonzero(np.frombuffer(data, np.uint8, end) == ord("\n"))
+            line += int(np.count_nonzero(np.frombuffer(data, np.uint8, end) == ord("\n")))
             data = data[end:]
         for rows in waiting:
             yield rows.result()
@@ -218,10 +226,15 @@ def _any_rows(data, line, layout, ended):
     separator, width, column = layout
     text = data[: data.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
     lines, found, position = list(io.StringIO(text, newline="\n")), [], 0
+    whole = [separator == "\t" and text.count("\t") == width - 1 for text in lines]  # lines that may be rows
 
     def following():
         nonlocal position
+        rows = 0
         while position < len(lines):
+            rows += whole[position]
+            if rows > 1:
+                return
             position += 1
             yield lines[position - 1]
 
@@ -230,18 +243,23 @@ def _any_rows(data, line, layout, ended):
         try:
             row = next(csv.reader(following(), delimiter=separator, strict=True))
         except csv.Error:
+            row = None
             if position == len(lines) and not ended:
                 position = first
                 break
-            position = first + 1
-            # Most tsv files quote nothing, and a cell may begin with a quotation mark.
-            row = lines[first].rstrip("\r\n").split("\t") if separator == "\t" else None
+        if whole[first] and (row is None or len(row) not in (0, width)):
+            row, position = list(map(_unquoted, lines[first].rstrip("\r\n").split("\t"))), first + 1
         if row and len(row) == width and len(row[column]) <= LONGEST:
             found.append((line + first + 1, row[column]))
         elif row != []:
             found.append((line + first + 1, None))
             position = first + 1
     return *_sift(found), len("".join(lines[:position]).encode("utf-8", "surrogateescape"))
+
+
+def _unquoted(cell):
+    inside = cell[1:-1]
+    return inside.replace('""', '"') if cell == f'"{inside}"' and '"' not in inside.replace('""', "") else cell
 
 
 def _column(names):
