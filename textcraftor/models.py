@@ -1,5 +1,6 @@
 """The parts of a Stable Diffusion model, and its text embeddings."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def quiet_libraries():
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # accelerate knows DistributedDataParallel's option by its old name only.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
 def check_model(model):
