@@ -613,12 +613,11 @@ def same_metrics(first, second):
 
 
 # Images one at a time round otherwise, and Adam makes more of it where a gradient is near its epsilon.
-@pytest.mark.parametrize("trains, batches, tolerance", [("tc_text", 1, 1e-6), ("tc_unet", 1, 1e-6), ("tc_unet", 2, 5e-6)])
+@pytest.mark.parametrize(
+    "trains, batches, tolerance", [("tc_text", 1, 1e-6), ("tc_unet", 1, 1e-6), ("tc_unet", 2, 5e-6)]
+)
 def test_two_processes_train_as_one_with_the_double_batch(work, five_steps, trains, batches, tolerance):
-    """Same prompts, noise and mean gradient, also of a UNet that runs twice a backward, and with two batches a step.
-
-    Adam turns the rounding of small gradients into steps: one process with four batches of one is as far away.
-    """
+    """Same prompts, noise and mean gradient, also of a UNet that runs twice a backward, and with two batches a step."""
     five_steps += ["--lr_text", 0, "--lr_unet", "1e-4"] if trains == "tc_unet" else []
     sizes = ["--batch-size", 2 // batches, "--gradient_accumulation_steps", batches]
     done = two_processes(ROOT / "train_textcraftor.py", *five_steps, "--output-path", "two", *sizes)
