@@ -62,7 +62,7 @@ def comparison_tables(about, records):
             (f"{label} − A, mean difference and 95 % bootstrap interval", _difference_cell),
             (f"{label} against A, win rate in % and 95 % Wilson interval, ties counted half", _rate_cell),
         ):
-            lines += ["", title, "".join([f"{'':<26}{'prompts':>8}", *(f"{name:>28}" for name in places)])]
+            lines += ["", title, "".join([f"{'':<26}{'prompts':>8}", *(f"{name:>31}" for name in places)])]
             rows = {}
             for record in mine:
                 rows.setdefault((record["by"], record["group"]), []).append(record)
@@ -71,7 +71,7 @@ def comparison_tables(about, records):
                 if by != kind:
                     lines.append(f"by {by}")
                     kind = by
-                texts = (f"{cell(record, places[record['score']]):>28}" for record in cells)
+                texts = (f"{cell(record, places[record['score']]):>31}" for record in cells)
                 lines.append("".join([f"{group:<26}{cells[0]['prompts']:>8}", *texts]))
     return "\n".join(lines)
 
