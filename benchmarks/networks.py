@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from itertools import pairwise
 
 import open_clip
 import torch
@@ -77,7 +78,7 @@ def build(configs, trained, dtype):
     unet = make(UNet2DConditionModel.from_config, configs["unet"], dtype=types["unet"])
     vae = make(AutoencoderKL.from_config, configs["vae"])
     tokenizer, widths = open_clip.SimpleTokenizer(), configs["head"]
-    layers = (nn.Linear(width, after) for width, after in zip(widths, widths[1:], strict=False))
+    layers = (nn.Linear(width, after) for width, after in pairwise(widths))
     rewards = [
         OpenClipReward("clip", 100.0, tower("clip"), tokenizer),
         Aesthetic(tower("aesthetic").visual, nn.Sequential(*layers).requires_grad_(False)),

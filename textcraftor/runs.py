@@ -43,7 +43,7 @@ def read_runs(folders):
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    runs = [read_run(*about) for about in zip(string.ascii_uppercase, names, folders, strict=False)]
+    runs = [read_run(*about) for about in zip(string.ascii_uppercase[: len(names)], names, folders, strict=True)]
     for other in runs[1:]:
         check_comparable(runs[0], other)
     return runs
