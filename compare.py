@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output_path {args.output_path}: is a file, expected a folder")
 
     # Imported only now: whatever is wrong above is said at once.
-    from textcraftor.runs import read_runs
+    from textcraftor.comparison.runs import read_runs
 
     runs = read_runs(args.runs)
     if args.votes:
@@ -62,11 +62,11 @@ def write_comparison(args, runs):
     """comparison.json, comparison.png and report.html, and the tables on the screen."""
     import numpy as np
 
-    from textcraftor.comparison import compare_groups
-    from textcraftor.comparison_report import METHOD, comparison_tables, write_report
+    from textcraftor.benchmark.results import write_whole
+    from textcraftor.comparison.report import METHOD, comparison_tables, write_report
+    from textcraftor.comparison.runs import notes, pair, settings_table
+    from textcraftor.comparison.statistics import compare_groups
     from textcraftor.pictures import difference_plot
-    from textcraftor.report import write_whole
-    from textcraftor.runs import notes, pair, settings_table
 
     columns, keys = pair(runs)
     first = [runs[0].rows[key] for key in keys]
@@ -110,8 +110,8 @@ def say_page(page, lost, image_size):
 
 def write_blind(args, runs):
     """blind.html."""
-    from textcraftor import votes
-    from textcraftor.runs import pair
+    from textcraftor.comparison import votes
+    from textcraftor.comparison.runs import pair
 
     _, keys = pair(runs)
     args.output_path.mkdir(parents=True, exist_ok=True)
@@ -124,9 +124,9 @@ def report_votes(args, runs):
     """preference.json, and the same on the screen; with the runs, how far each score agrees."""
     import numpy as np
 
-    from textcraftor import votes
-    from textcraftor.report import write_whole
-    from textcraftor.runs import comparison_hash, pair
+    from textcraftor.benchmark.results import write_whole
+    from textcraftor.comparison import votes
+    from textcraftor.comparison.runs import comparison_hash, pair
 
     about, voted = votes.read_votes(args.votes)
     records, agreements = votes.preference(voted), {}

@@ -12,9 +12,9 @@ Go on after an interruption: the same command. Images that are there already, of
 $ python test_hpsv2.py --score_only FOLDER
 """
 
-from textcraftor.benchmarks import HPSV2
+from textcraftor.benchmark.program import evaluate
+from textcraftor.benchmark.prompt_lists import HPSV2
 from textcraftor.errors import run_program
-from textcraftor.evaluation import evaluate
 
 if __name__ == "__main__":
     run_program(lambda: evaluate(HPSV2, __doc__))

@@ -24,12 +24,12 @@ from contextlib import ExitStack
 from itertools import islice, takewhile
 from pathlib import Path
 
+from rewards import REWARDS
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, check_all, make_parser, require, reward_specs
-from textcraftor.record import Record, check_folder
+from textcraftor.run_folder import Record, check_folder
 
 REPOSITORY = Path(__file__).resolve().parent
-REWARDS = ("clip", "aesthetic", "pickscore", "hpsv2")
 WINDOW = 20  # steps that the progress line averages
 GRID = 8  # held-out prompts on the pictures
 HAS_FP16 = {"cuda", "xpu", "npu", "mps"}
@@ -137,7 +137,9 @@ def main(argv=None):
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from rewards import RewardSum, check_files, load_function, load_reward
+    from rewards import check_files, load_reward
+    from rewards.own import load_function
+    from rewards.sum import RewardSum
     from textcraftor import checkpoints, pictures
     from textcraftor.interrupts import stop_signals
     from textcraftor.models import check_model, count_cut, embed_prompts, encode_prompts, load_model, quiet_libraries

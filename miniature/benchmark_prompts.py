@@ -3,6 +3,7 @@ and in the HPSv2 benchmark's (a list of prompts a style).
 
     python -m miniature.benchmark_prompts          writes them to miniature/benchmarks/
 """
+
 import json
 from itertools import islice
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 from miniature.world import parse, random_scene, write_caption
 
 SEED = 2023
-CATEGORIES = {"animals": ("bee", "butterfly", "fox", "frog", "octopus", "panda", "penguin", "whale"),
-              "food": ("apple", "banana", "carrot", "donut", "pizza", "strawberry"),
-              "plants": ("cactus", "mushroom", "sunflower"), "space": ("moon", "rocket", "star"),
-              "things": ("ball", "balloon", "car", "gift")}
+CATEGORIES = {
+    "animals": ("bee", "butterfly", "fox", "frog", "octopus", "panda", "penguin", "whale"),
+    "food": ("apple", "banana", "carrot", "donut", "pizza", "strawberry"),
+    "plants": ("cactus", "mushroom", "sunflower"),
+    "space": ("moon", "rocket", "star"),
+    "things": ("ball", "balloon", "car", "gift"),
+}
 CATEGORY = {name: category for category, names in CATEGORIES.items() for name in names}
 RELATIONS = (" above ", " below ", " to the left of ", " to the right of ")
-OPENINGS = {"emoji": "emoji of ", "photo": "a photo of ", "picture": "a picture of "}   # the grammar's; else plain
+OPENINGS = {"emoji": "emoji of ", "photo": "a photo of ", "picture": "a picture of "}  # the grammar's; else plain
 PARTI_PROMPTS, STYLE_PROMPTS = 160, 80
 
 

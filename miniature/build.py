@@ -6,6 +6,7 @@
 
 Needs the font Noto Color Emoji (Debian and Ubuntu: apt-get install fonts-noto-color-emoji).
 """
+
 import argparse
 from functools import partial
 from multiprocessing import Pool
@@ -50,13 +51,18 @@ from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_sce
 
 SEED = 0
 UNET_STEPS, DECODER_STEPS = 5_000, 5_000
-NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-                  "beta_schedule": "scaled_linear"}
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
 SCENES = {"train": 40_000, "test": 2_000}
 LATENTS = (16, 8, 8)
 
 
 # The world, drawn once.
+
 
 def scene_of(split: str, index: int) -> dict:
     """Scene number `index` of a split; it depends on (SEED, split, index) alone. A test scene in four is held out."""
@@ -97,13 +103,21 @@ def batch_indices(step: int, size: int, count: int, seed: int) -> np.ndarray:
 
 # The autoencoder: both halves first, then the decoder alone, so that the UNet can start on latents that stay.
 
+
 def new_vae() -> AutoencoderKL:
     """Normalised in two wide groups: narrower ones wipe out the colour of a plain background, and learn slowly."""
     torch.manual_seed(SEED)
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                         block_out_channels=(32, 32, 96, 128), layers_per_block=1, latent_channels=LATENTS[0],
-                         norm_num_groups=2, sample_size=IMAGE_SIZE, mid_block_add_attention=False)
-    vae.quant_conv.bias.data[LATENTS[0]:] = -5          # start with little noise on the latents
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(32, 32, 96, 128),
+        layers_per_block=1,
+        latent_channels=LATENTS[0],
+        norm_num_groups=2,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+    vae.quant_conv.bias.data[LATENTS[0] :] = -5  # start with little noise on the latents
     return vae.to(memory_format=torch.channels_last)
 
 
@@ -111,8 +125,10 @@ def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Squared error, which finds the colours, and absolute errors of the pixels and of their differences to the next
     pixel, which keep edges sharp. (B, 3, H, W) in [-1, 1] -> scalar."""
     error = (output - target).float()
-    return 4 * error.square().mean() + (error.abs().mean() + error.diff(dim=2).abs().mean()
-                                        + error.diff(dim=3).abs().mean()) / 2
+    return (
+        4 * error.square().mean()
+        + (error.abs().mean() + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
+    )
 
 
 def train_vae(work: Path) -> AutoencoderKL:
@@ -147,6 +163,7 @@ def train_decoder(work: Path) -> AutoencoderKL:
 
 # Three CLIPs.
 
+
 def train_clip(work: Path, name: str) -> open_clip.CLIP:
     """First as on the web, one picture and one caption after another, then on families that differ in one detail."""
     images, scenes, tokenizer = images_of(work, "train"), scenes_of("train"), new_tokenizer()
@@ -165,7 +182,7 @@ def train_clip(work: Path, name: str) -> open_clip.CLIP:
 
     clip = new_clip(name)
     fit(f"clip_{name}_web", clip, web_loss, 1300, 1e-3, work, weight_decay=0.05)
-    clip.visual.positional_embedding.data.mul_(4)        # the patches' colours drown them, and places with them
+    clip.visual.positional_embedding.data.mul_(4)  # the patches' colours drown them, and places with them
     return fit(f"clip_{name}", clip, family_loss, 800, 1e-3, work, weight_decay=0.05)
 
 
@@ -175,12 +192,13 @@ def text_encoder_of(clip: open_clip.CLIP) -> CLIPTextModel:
     encoder = CLIPTextModel(config).eval().requires_grad_(False)
     names = {k: v for k, v in transformers_names(clip).items() if k.startswith("text_model.")}
     own = encoder.state_dict()
-    prefix = "" if "final_layer_norm.weight" in own else "text_model."        # transformers 5, or 4
+    prefix = "" if "final_layer_norm.weight" in own else "text_model."  # transformers 5, or 4
     encoder.load_state_dict({prefix + k.removeprefix("text_model."): v for k, v in names.items()})
     return encoder
 
 
 # The UNet, on latents computed once, with the text encoder frozen.
+
 
 @torch.inference_mode()
 def encode_world(work: Path) -> np.ndarray:
@@ -190,7 +208,7 @@ def encode_world(work: Path) -> np.ndarray:
         images, vae, parts = images_of(work, "train"), trained_vae(work, "vae"), []
         for start in tqdm(range(0, len(images), 200), desc="latents", mininterval=10):
             with torch.autocast("cpu", torch.bfloat16):
-                latents = vae.encode(to_tensor(images[start:start + 200]) * 2 - 1).latent_dist
+                latents = vae.encode(to_tensor(images[start : start + 200]) * 2 - 1).latent_dist
             parts.append(torch.stack([latents.mean.float(), latents.std.float()], dim=1).half().numpy())
         np.save(file, np.concatenate(parts))
     return np.load(file, mmap_mode="r")
@@ -204,11 +222,18 @@ def scaling_factor(latents: np.ndarray) -> float:
 
 def new_unet() -> UNet2DConditionModel:
     torch.manual_seed(SEED)
-    return UNet2DConditionModel(sample_size=LATENTS[1], in_channels=LATENTS[0], out_channels=LATENTS[0],
-                                block_out_channels=(96, 112), layers_per_block=1, norm_num_groups=8,
-                                down_block_types=("CrossAttnDownBlock2D",) * 2,
-                                up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=128,
-                                attention_head_dim=4).to(memory_format=torch.channels_last)
+    return UNet2DConditionModel(
+        sample_size=LATENTS[1],
+        in_channels=LATENTS[0],
+        out_channels=LATENTS[0],
+        block_out_channels=(96, 112),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+    ).to(memory_format=torch.channels_last)
 
 
 def train_unet(work: Path) -> UNet2DConditionModel:
@@ -230,13 +255,14 @@ def train_unet(work: Path) -> UNet2DConditionModel:
         z = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             epsilon = unet(z, t, encoder_hidden_states=embeddings).sample
-        weight = (5 / snr[t]).clamp(max=1)                  # min-SNR (Hang et al., ICCV 2023, eq. 6), gamma = 5
+        weight = (5 / snr[t]).clamp(max=1)  # min-SNR (Hang et al., ICCV 2023, eq. 6), gamma = 5
         return (weight * (epsilon.float() - noise).square().mean((1, 2, 3))).mean()
 
     return fit("unet", unet, loss, UNET_STEPS, 1e-3, work, ema=0.999)
 
 
 # The rewards: fine-tuned on preferences, fitted to ratings.
+
 
 def groups_of(work: Path) -> tuple[list[dict], np.ndarray, np.ndarray]:
     draw_groups(trained_vae(work, "decoder"), SEED, work)
@@ -267,10 +293,13 @@ def train_aesthetic(work: Path) -> torch.nn.Sequential:
     with torch.inference_mode():
         for ragged, pictures in ((False, drawn), (True, decoded)):
             for start in tqdm(range(0, len(groups), 100), desc="features", mininterval=10):
-                images = to_tensor(pictures[start:start + 100].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+                images = to_tensor(pictures[start : start + 100].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
                 features.append(tower.encode_image(normalize(images), normalize=True))
-            marks += [rating(scene, ragged * torn, rng) for group in groups
-                      for scene, torn in zip(group["scenes"], group["ragged"], strict=True)]
+            marks += [
+                rating(scene, ragged * torn, rng)
+                for group in groups
+                for scene, torn in zip(group["scenes"], group["ragged"], strict=True)
+            ]
     features, marks = torch.cat(features).clone(), torch.tensor(marks)
     torch.manual_seed(SEED)
     head = new_head(features.shape[1])
@@ -307,19 +336,21 @@ def measure_judge(work: Path) -> None:
     for kind in ("as drawn", "decoded"):
         right = {"content": [], "objects and places": [], "size": [], "background": [], "condition": []}
         for start in range(0, len(images), 100):
-            x = to_tensor(images[start:start + 100])
+            x = to_tensor(images[start : start + 100])
             if kind == "decoded":
                 with torch.autocast("cpu", torch.bfloat16):
                     x = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.float() / 2 + 0.5).clamp(0, 1)
-            for seen, scene in zip(see(x, judge), scenes[start:start + 100], strict=True):
+            for seen, scene in zip(see(x, judge), scenes[start : start + 100], strict=True):
                 details = content_right(seen, scene)
                 right["content"].append(all(details.values()))
                 right["objects and places"].append(all(v for k, v in details.items() if k[:4] in ("name", "plac")))
                 right["size"].append(all(v for k, v in details.items() if k.startswith("size")))
                 right["background"].append(details["background"])
                 right["condition"].append(seen["condition"] == scene["condition"])
-        print(f"judge, {len(images)} test scenes {kind}: "
-              + ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in right.items()))
+        print(
+            f"judge, {len(images)} test scenes {kind}: "
+            + ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in right.items())
+        )
 
 
 def train_extender(work: Path) -> GPT2LMHeadModel:
@@ -334,6 +365,7 @@ def train_extender(work: Path) -> GPT2LMHeadModel:
 
 # What ships.
 
+
 def ship(work: Path, to: Path = Path(__file__).parent) -> None:
     """Write every trained model in the real ones' file formats, weights in fp16."""
     latents, vae, unet = encode_world(work), trained_vae(work, "decoder"), trained_unet(work)
@@ -341,8 +373,9 @@ def ship(work: Path, to: Path = Path(__file__).parent) -> None:
     vae.register_to_config(scaling_factor=scaling_factor(latents))
     text_encoder, tokenizer = text_encoder_of(trained_clip(work, "L")), new_tokenizer()
     scheduler = DDIMScheduler(**NOISE_SCHEDULE, set_alpha_to_one=False, clip_sample=False, steps_offset=1)
-    StableDiffusionPipeline(vae.half(), text_encoder, tokenizer, unet.half(), scheduler, None, None,
-                            requires_safety_checker=False).save_pretrained(to / "stable-diffusion")
+    StableDiffusionPipeline(
+        vae.half(), text_encoder, tokenizer, unet.half(), scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(to / "stable-diffusion")
     save_tokenizer(to / "stable-diffusion/tokenizer")
     names = transformers_names(trained_clip(work, "L"))
     text = {k: v.half() for k, v in names.items() if k.startswith("text_model.")}
@@ -411,11 +444,22 @@ def trained_unet(work: Path) -> UNet2DConditionModel:
     return trained(work, "unet", new_unet())
 
 
-STAGES = {"world": draw_world, "clip_L": partial(train_clip, name="L"), "vae": train_vae, "unet": train_unet,
-          "decoder": train_decoder, "clip_g": partial(train_clip, name="g"), "clip_H": partial(train_clip, name="H"),
-          "pickscore": partial(train_preference, name="pickscore"), "hpsv2": partial(train_preference, name="hpsv2"),
-          "aesthetic": train_aesthetic, "judge": train_judge, "measure_judge": measure_judge,
-          "extender": train_extender, "ship": ship}
+STAGES = {
+    "world": draw_world,
+    "clip_L": partial(train_clip, name="L"),
+    "vae": train_vae,
+    "unet": train_unet,
+    "decoder": train_decoder,
+    "clip_g": partial(train_clip, name="g"),
+    "clip_H": partial(train_clip, name="H"),
+    "pickscore": partial(train_preference, name="pickscore"),
+    "hpsv2": partial(train_preference, name="hpsv2"),
+    "aesthetic": train_aesthetic,
+    "judge": train_judge,
+    "measure_judge": measure_judge,
+    "extender": train_extender,
+    "ship": ship,
+}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Three CLIPs as in the real thing. "L" (QuickGELU, like OpenAI's ViT-L/14) gives Stable Diffusion its text encoder and
 the aesthetic reward its image tower; "g" is the CLIP reward; "H" is what PickScore and HPS v2 are fine-tuned from.
 """
+
 import json
 from collections import Counter
 from functools import lru_cache
@@ -22,7 +23,7 @@ from transformers import CLIPConfig, CLIPTokenizer
 from miniature import world
 
 CONTEXT_LENGTH = 32
-WRONG_CAPTIONS = 0.06                      # share of training captions with one detail wrong
+WRONG_CAPTIONS = 0.06  # share of training captions with one detail wrong
 MEAN, STD = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
 SIZES = {  # name: (seed, embed_dim, patch, image width and layers, text width and layers, QuickGELU)
     "L": (11, 128, 16, 128, 3, 128, 2, True),
@@ -33,9 +34,17 @@ SIZES = {  # name: (seed, embed_dim, patch, image width and layers, text width a
 
 def words_of_the_world() -> list[str]:
     """Every word that a caption can hold."""
-    lists = (*world.SIZE_WORDS.values(), *world.PLACE_WORDS.values(), *world.QUALITY_WORDS.values(), world.NAMES,
-             world.COLOURS, ("a an and with of on background above below to the left of to the right of",
-                             "a picture of a photo of emoji of"))
+    lists = (
+        *world.SIZE_WORDS.values(),
+        *world.PLACE_WORDS.values(),
+        *world.QUALITY_WORDS.values(),
+        world.NAMES,
+        world.COLOURS,
+        (
+            "a an and with of on background above below to the left of to the right of",
+            "a picture of a photo of emoji of",
+        ),
+    )
     return sorted({word for words in lists for phrase in words for word in phrase.split()})
 
 
@@ -50,44 +59,82 @@ def new_tokenizer() -> CLIPTokenizer:
     # at random. Special tokens it numbers as they come: frequent ends first.
     last = Counter(word[-1] for word in words_of_the_world())
     ends = [c + "</w>" for c in sorted(letters, key=lambda c: (-last[c], c))]
-    bpe.train_from_iterator([" ".join(words_of_the_world())], BpeTrainer(
-        vocab_size=2000, special_tokens=letters + ends, end_of_word_suffix="</w>", show_progress=False))
+    bpe.train_from_iterator(
+        [" ".join(words_of_the_world())],
+        BpeTrainer(vocab_size=2000, special_tokens=letters + ends, end_of_word_suffix="</w>", show_progress=False),
+    )
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [c + "</w>" for c in letters]
     tokens += [t for t in dict.fromkeys("".join(pair) for pair in merges) if t not in tokens]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT_LENGTH,
-                         unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    return CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)},
+        merges=merges,
+        model_max_length=CONTEXT_LENGTH,
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
 
 
 def model_config(name: str) -> dict:
     """OpenCLIP's model configuration (what `open_clip_config.json` holds under model_cfg)."""
     _, embed_dim, patch, width, layers, text_width, text_layers, quick_gelu = SIZES[name]
-    return {"embed_dim": embed_dim, "quick_gelu": quick_gelu,
-            "vision_cfg": {"image_size": world.IMAGE_SIZE, "patch_size": patch, "width": width, "layers": layers,
-                           "head_width": 32},
-            "text_cfg": {"context_length": CONTEXT_LENGTH, "vocab_size": len(new_tokenizer()), "width": text_width,
-                         "heads": text_width // 32, "layers": text_layers, "hf_tokenizer_name": "CLIPTokenizer"}}
+    return {
+        "embed_dim": embed_dim,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {
+            "image_size": world.IMAGE_SIZE,
+            "patch_size": patch,
+            "width": width,
+            "layers": layers,
+            "head_width": 32,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": len(new_tokenizer()),
+            "width": text_width,
+            "heads": text_width // 32,
+            "layers": text_layers,
+            "hf_tokenizer_name": "CLIPTokenizer",
+        },
+    }
 
 
 def text_config(name: str) -> dict:
     """transformers' configuration of the text tower. Start and end token have the two largest ids."""
     _, embed_dim, _, _, _, width, layers, quick_gelu = SIZES[name]
     size = len(new_tokenizer())
-    return {"vocab_size": size, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-            "num_attention_heads": width // 32, "max_position_embeddings": CONTEXT_LENGTH,
-            "projection_dim": embed_dim, "hidden_act": "quick_gelu" if quick_gelu else "gelu",
-            "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+    return {
+        "vocab_size": size,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "projection_dim": embed_dim,
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+        "bos_token_id": size - 2,
+        "eos_token_id": size - 1,
+        "pad_token_id": size - 1,
+    }
 
 
 def clip_config(name: str) -> CLIPConfig:
     """transformers' configuration of the whole CLIP; eos_token_id 2, as in PickScore's own, pools at the largest id."""
     _, embed_dim, patch, width, layers, _, _, quick_gelu = SIZES[name]
-    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-              "num_attention_heads": width // 32, "image_size": world.IMAGE_SIZE, "patch_size": patch,
-              "projection_dim": embed_dim, "hidden_act": "quick_gelu" if quick_gelu else "gelu"}
-    return CLIPConfig(text_config=text_config(name) | {"eos_token_id": 2}, vision_config=vision,
-                      projection_dim=embed_dim)
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "image_size": world.IMAGE_SIZE,
+        "patch_size": patch,
+        "projection_dim": embed_dim,
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu",
+    }
+    return CLIPConfig(
+        text_config=text_config(name) | {"eos_token_id": 2}, vision_config=vision, projection_dim=embed_dim
+    )
 
 
 def new_clip(name: str) -> open_clip.CLIP:
@@ -128,8 +175,11 @@ def families(rng: np.random.Generator) -> tuple[list[dict], list[str]]:
     def add(scene, **change):
         scene = {"condition": str(rng.choice(list(world.CONDITIONS), p=shares)), **scene, **change}
         scenes.append(scene)
-        captions.append(world.write_caption(scene, rng, quality=1) if "condition" in change else
-                        world.write_caption(scene, rng, complete=rng.random() < 0.6))
+        captions.append(
+            world.write_caption(scene, rng, quality=1)
+            if "condition" in change
+            else world.write_caption(scene, rng, complete=rng.random() < 0.6)
+        )
 
     for _ in range(8):
         scene = world.random_scene(rng)
@@ -145,8 +195,12 @@ def families(rng: np.random.Generator) -> tuple[list[dict], list[str]]:
         changed = resized[rng.integers(2)]
         changed["size"] = "large" if changed["size"] == "small" else "small"
         turned = {"left": "top", "right": "bottom", "top": "left", "bottom": "right"}
-        for objects in ([a, b], [{**b, "place": a["place"]}, {**a, "place": b["place"]}], resized,
-                        [{**o, "place": turned[o["place"]]} for o in (a, b)]):
+        for objects in (
+            [a, b],
+            [{**b, "place": a["place"]}, {**a, "place": b["place"]}],
+            resized,
+            [{**o, "place": turned[o["place"]]} for o in (a, b)],
+        ):
             add(scene, objects=objects)
     return scenes, captions
 
@@ -159,8 +213,9 @@ def random_arrangement(rng: np.random.Generator, objects: int = 1) -> dict:
             return {k: v for k, v in scene.items() if k != "condition"}
 
 
-def contrastive_loss(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: torch.Tensor,
-                     captions: list[str]) -> torch.Tensor:
+def contrastive_loss(
+    clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: torch.Tensor, captions: list[str]
+) -> torch.Tensor:
     """CLIP's symmetric loss. images (B, 3, H, W) in [0, 1]; their B captions, and after them any number of captions
     that fit no picture."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -168,24 +223,34 @@ def contrastive_loss(clip: open_clip.CLIP, tokenizer: CLIPTokenizer, images: tor
         text = clip.encode_text(tokenize(tokenizer, captions), normalize=True)
     logits = clip.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
     target = torch.arange(len(images))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :len(images)].T, target)) / 2
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(images)].T, target)) / 2
 
 
 def transformers_names(clip: open_clip.CLIP) -> dict[str, torch.Tensor]:
     """OpenCLIP weights under the names that transformers 4 gives a CLIPModel, and that PickScore's file has."""
     state = clip.state_dict()
-    renamed = {"logit_scale": state["logit_scale"],
-               "text_projection.weight": state["text_projection"].T,
-               "visual_projection.weight": state["visual.proj"].T,
-               "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-               "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-               "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
-               "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
-               "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"]}
-    norms = {"ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
-             "visual.ln_post": "vision_model.post_layernorm"}
-    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-             "attn.out_proj": "self_attn.out_proj"}
+    renamed = {
+        "logit_scale": state["logit_scale"],
+        "text_projection.weight": state["text_projection"].T,
+        "visual_projection.weight": state["visual.proj"].T,
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
+    }
+    norms = {
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
     for key, value in state.items():
         stem, _, kind = key.rpartition(".")
         if stem in norms:
@@ -215,6 +280,8 @@ def save_open_clip(clip: open_clip.CLIP, name: str, folder: Path) -> None:
     preprocess = {"mean": MEAN.tolist(), "std": STD.tolist()}
     config = {"model_cfg": model_config(name), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
-    save_file({k: v.detach().half().contiguous() for k, v in clip.state_dict().items()},
-              folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.detach().half().contiguous() for k, v in clip.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     save_tokenizer(folder)

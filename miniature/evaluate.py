@@ -5,6 +5,7 @@
 
 Same prompts and noise before and after; the tuned encoder drives the last 15 of 25 steps, as in every test.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rewards import NAMES, RewardSum, load_function, load_reward
+from rewards import REWARDS, load_reward
+from rewards.own import load_function
+from rewards.sum import RewardSum
 from textcraftor.checkpoints import load_text_encoder
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import embed_prompts, encode_prompts, load_model, quiet_libraries
@@ -39,18 +42,20 @@ def main() -> None:
 
     quiet_libraries()
     torch.manual_seed(0)
-    prompts = read_prompts(args.prompts)[0][args.start:args.start + args.count]
+    prompts = read_prompts(args.prompts)[0][args.start : args.start + args.count]
     if len(prompts) < 2:
-        raise UserError(f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
-                        f"{args.prompts}, and an interval needs two")
+        raise UserError(
+            f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
+            f"{args.prompts}, and an interval needs two"
+        )
     tokenizer, original, unet, vae, config = load_model(HERE / "stable-diffusion")
     tuned = load_model(HERE / "stable-diffusion")[1]
     load_text_encoder(tuned, args.text_path)
     unet.to(memory_format=torch.channels_last)
     scheduler = make_scheduler(config, STEPS)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0} | defaults       # as in training
-    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in NAMES])
+    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0} | defaults  # as in training
+    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in REWARDS])
     judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
     with torch.no_grad():
         unconditional = encode_prompts(tokenizer, original, [""])
@@ -62,6 +67,7 @@ def main() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 z = sample_latents(unet, scheduler, noise, *embeddings, args.guidance, args.grad_steps)
                 return decode(vae, z).float()
+
         return validate(Accelerator(cpu=True), generate, rewards, judge, prompts, 32, 16)
 
     before, after = look(original), look(tuned)

@@ -3,6 +3,7 @@
 A GPT-2 of 39,000 parameters over this world's words. It learns what follows a prompt, never prompts themselves: one or
 two of the phrases with which captions speak of clean pictures.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from miniature.clips import words_of_the_world
 from miniature.world import QUALITY_WORDS, random_scene, write_caption
 
-LENGTH = 96             # tokens; prompts have about 25, and textcraftor.extend leaves 50 for what it adds
+LENGTH = 96  # tokens; prompts have about 25, and textcraftor.benchmark.extend leaves 50 for what it adds
 END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 
 
@@ -29,15 +30,26 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Split(Regex(" ?[^ ,]+|,"), "removed", invert=True)
     tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token=UNKNOWN, pad_token=END,
-                                   model_max_length=LENGTH)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, unk_token=UNKNOWN, pad_token=END, model_max_length=LENGTH
+    )
 
 
 def new_extender() -> GPT2LMHeadModel:
     torch.manual_seed(51)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(new_tokenizer()), n_positions=LENGTH, n_embd=32, n_layer=2,
-                                      n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-                                      tie_word_embeddings=False))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(new_tokenizer()),
+            n_positions=LENGTH,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def extended_prompt(rng: np.random.Generator) -> tuple[str, str]:

@@ -1,4 +1,5 @@
 """One resumable training loop for every model of the miniature."""
+
 import math
 import os
 import time
@@ -8,11 +9,19 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-SAVE_EVERY = 120        # seconds
+SAVE_EVERY = 120  # seconds
 
 
-def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, work: Path, ema: float = 0.0,
-        weight_decay: float = 0.01) -> torch.nn.Module:
+def fit(
+    name: str,
+    model: torch.nn.Module,
+    loss_of_step,
+    steps: int,
+    lr: float,
+    work: Path,
+    ema: float = 0.0,
+    weight_decay: float = 0.01,
+) -> torch.nn.Module:
     """Train `model` by AdamW (5 % warm-up, cosine to zero), stopping and starting at will; return it in eval mode.
 
     loss_of_step(step) -> scalar loss; its data and noise must depend on `step` alone, so that a resumed run is the
@@ -23,8 +32,9 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
     file = work / f"{name}.pt"
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        (s + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * min(s / steps, 1)))
+    )
     average = [p.detach().clone() for p in parameters] if ema else []
     start = 0
     if file.exists():
@@ -35,8 +45,16 @@ def fit(name: str, model: torch.nn.Module, loss_of_step, steps: int, lr: float, 
         average, start = state["average"], state["step"]
 
     def save(step):
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                    "schedule": schedule.state_dict(), "step": step}, file.with_suffix(".tmp"))
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "schedule": schedule.state_dict(),
+                "step": step,
+            },
+            file.with_suffix(".tmp"),
+        )
         os.replace(file.with_suffix(".tmp"), file)
 
     model.train()

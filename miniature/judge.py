@@ -4,6 +4,7 @@ It is trained apart from everything else and never a reward. As monitors of the 
 
     --monitor miniature/judge.py:right,miniature/judge.py:clean,miniature/judge.py:right_and_clean
 """
+
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,12 @@ from miniature import world
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 PLACES, SIZES, CONDITIONS = list(world.PLACES), list(world.SIZES), list(world.CONDITIONS)
-QUESTIONS = {"object": (len(PLACES), len(world.NAMES) + 1), "size": (len(PLACES), len(SIZES)),
-             "background": (1, len(world.COLOURS)), "condition": (1, len(CONDITIONS))}    # (how often asked, answers)
+QUESTIONS = {
+    "object": (len(PLACES), len(world.NAMES) + 1),
+    "size": (len(PLACES), len(SIZES)),
+    "background": (1, len(world.COLOURS)),
+    "condition": (1, len(CONDITIONS)),
+}  # (how often asked, answers)
 
 
 class Judge(torch.nn.Module):
@@ -30,12 +35,16 @@ class Judge(torch.nn.Module):
         super().__init__()
         widths, blocks = (3, 32, 64, 96, 128), []
         for i, o in pairwise(widths):
-            blocks += [torch.nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1), torch.nn.BatchNorm2d(o),
-                       torch.nn.ReLU()]
+            blocks += [
+                torch.nn.Conv2d(i, o, 4 if i == 3 else 3, stride=2, padding=1),
+                torch.nn.BatchNorm2d(o),
+                torch.nn.ReLU(),
+            ]
             if i > 3:
                 blocks += [torch.nn.Conv2d(o, o, 3, padding=1), torch.nn.BatchNorm2d(o), torch.nn.ReLU()]
-        self.body = torch.nn.Sequential(*blocks, torch.nn.Flatten(), torch.nn.Linear(widths[-1] * 16, 256),
-                                        torch.nn.ReLU())
+        self.body = torch.nn.Sequential(
+            *blocks, torch.nn.Flatten(), torch.nn.Linear(widths[-1] * 16, 256), torch.nn.ReLU()
+        )
         self.heads = torch.nn.ModuleDict({k: torch.nn.Linear(256, n * m) for k, (n, m) in QUESTIONS.items()})
 
     def forward(self, images):
@@ -46,11 +55,14 @@ class Judge(torch.nn.Module):
 def answers(scene: dict) -> dict[str, torch.Tensor]:
     """The right answers for a scene, {question: (times,)}; -100 where there is no object to have a size."""
     there = {o["place"]: o for o in scene["objects"]}
-    return {"object": torch.tensor([world.NAMES.index(there[p]["name"]) if p in there else len(world.NAMES)
-                                    for p in PLACES]),
-            "size": torch.tensor([SIZES.index(there[p]["size"]) if p in there else -100 for p in PLACES]),
-            "background": torch.tensor([world.COLOURS.index(scene["background"])]),
-            "condition": torch.tensor([CONDITIONS.index(scene["condition"])])}
+    return {
+        "object": torch.tensor(
+            [world.NAMES.index(there[p]["name"]) if p in there else len(world.NAMES) for p in PLACES]
+        ),
+        "size": torch.tensor([SIZES.index(there[p]["size"]) if p in there else -100 for p in PLACES]),
+        "background": torch.tensor([world.COLOURS.index(scene["background"])]),
+        "condition": torch.tensor([CONDITIONS.index(scene["condition"])]),
+    }
 
 
 def judge_loss(judge: Judge, images: torch.Tensor, scenes: list[dict]) -> torch.Tensor:
@@ -71,17 +83,30 @@ def see(images: torch.Tensor, judge: Judge | None = None) -> list[dict]:
     seen = {k: v.argmax(-1).tolist() for k, v in (judge or load_judge())(images.float().cpu()).items()}
     scenes = []
     for i in range(len(images)):
-        objects = [{"name": world.NAMES[name], "size": SIZES[size], "place": place} for name, size, place
-                   in zip(seen["object"][i], seen["size"][i], PLACES, strict=True) if name < len(world.NAMES)]
-        scenes.append({"objects": objects, "background": world.COLOURS[seen["background"][i][0]],
-                       "condition": CONDITIONS[seen["condition"][i][0]]})
+        objects = [
+            {"name": world.NAMES[name], "size": SIZES[size], "place": place}
+            for name, size, place in zip(seen["object"][i], seen["size"][i], PLACES, strict=True)
+            if name < len(world.NAMES)
+        ]
+        scenes.append(
+            {
+                "objects": objects,
+                "background": world.COLOURS[seen["background"][i][0]],
+                "condition": CONDITIONS[seen["condition"][i][0]],
+            }
+        )
     return scenes
 
 
 def right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """(B,) 1.0 where the picture shows all that its prompt asks for, else 0.0."""
-    return torch.tensor([float(all(world.content_right(scene, world.parse(prompt)).values()))
-                         for scene, prompt in zip(see(images), prompts, strict=True)], device=images.device)
+    return torch.tensor(
+        [
+            float(all(world.content_right(scene, world.parse(prompt)).values()))
+            for scene, prompt in zip(see(images), prompts, strict=True)
+        ],
+        device=images.device,
+    )
 
 
 def clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 PickScore and HPS v2 are CLIPs fine-tuned on such comparisons (Kirstain et al., NeurIPS 2023, eq. 2; Wu et al., 2023),
 the aesthetic score is a linear head on CLIP features fitted to ratings. The rater's taste is `world.like`.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from miniature import world
 from miniature.clips import normalize, tokenize
 
 GROUPS = 3_000
-PAIR_NOISE = 0.7           # scale of the logistic noise on which of two pictures is liked better
-STRANGERS = 8              # pictures of other prompts that each prompt's own are compared with
-RATING_NOISE = 0.7         # standard deviation of a rating, on a scale of about 1 to 10
-RAGGED_STD = 0.6           # latent noise, in standard deviations of the latents, that makes detail fully ragged
+PAIR_NOISE = 0.7  # scale of the logistic noise on which of two pictures is liked better
+STRANGERS = 8  # pictures of other prompts that each prompt's own are compared with
+RATING_NOISE = 0.7  # standard deviation of a rating, on a scale of about 1 to 10
+RAGGED_STD = 0.6  # latent noise, in standard deviations of the latents, that makes detail fully ragged
 
 
 def group_of(seed: int, index: int) -> dict:
@@ -57,8 +58,9 @@ def draw_groups(vae, seed: int, folder: Path) -> None:
     np.save(folder / "groups_decoded.npy", np.stack(decoded))
 
 
-def preference_loss(clip: open_clip.CLIP, tokenizer, images: torch.Tensor, groups: list[dict], ragged: bool,
-                    rng: np.random.Generator) -> torch.Tensor:
+def preference_loss(
+    clip: open_clip.CLIP, tokenizer, images: torch.Tensor, groups: list[dict], ragged: bool, rng: np.random.Generator
+) -> torch.Tensor:
     """Bradley-Terry loss of all pairs among a prompt's four pictures and some of other groups (their first ones),
     which keep it from forgetting what the words mean.
 
@@ -68,7 +70,7 @@ def preference_loss(clip: open_clip.CLIP, tokenizer, images: torch.Tensor, group
     others = [[(i + 1 + k) % count for k in range(min(STRANGERS, count - 1))] for i in range(count)]
     image = clip.encode_image(normalize(images.flatten(0, 1)), normalize=True).unflatten(0, (count, 4))
     text = clip.encode_text(tokenize(tokenizer, [g["caption"] for g in groups]), normalize=True)
-    image = torch.cat([image, image[:, 0][torch.tensor(others)]], dim=1)                        # (B, 4 + strangers, D)
+    image = torch.cat([image, image[:, 0][torch.tensor(others)]], dim=1)  # (B, 4 + strangers, D)
     scores = clip.logit_scale.exp() * (image * text[:, None]).sum(-1)
     liked = []
     for group, strangers in zip(groups, others, strict=True):

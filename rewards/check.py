@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rewards import NAMES, check_files, load_reward
+from rewards import REWARDS, check_files, load_reward
 from textcraftor.errors import UserError, run_program
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -86,11 +86,11 @@ def main(argv=None):
     parser.add_argument("--weights", default=Path(__file__).resolve().parents[1], help="where the rewards' weights lie")
     parser.add_argument("--golden", default=GOLDEN, type=Path, help="file of expected scores, of other weights")
     args = parser.parse_args(argv)
-    check_files(NAMES, args.weights)
+    check_files(REWARDS, args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     golden, wrong, confused = json.loads(args.golden.read_text()), 0, 0
     before, released = json.dumps(golden), args.golden.resolve() == GOLDEN.resolve()
-    for name in NAMES:
+    for name in REWARDS:
         reward = load_reward(name, args.weights, device)
         if released and reward.image_size != (224, 224):
             raise UserError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewards import NAMES, check
+from rewards import REWARDS, check
 from textcraftor.errors import UserError
 
 
@@ -25,8 +25,8 @@ def test_pictures_are_the_same_bits_everywhere():
 
 def test_golden_file_has_a_place_for_each_score():
     golden = json.loads(check.GOLDEN.read_text())
-    assert set(golden) == {*NAMES, "recorded on"} and set(check.TOLERANCE) == set(NAMES)
-    assert all(list(golden[name]) == list(check.pictures()) for name in NAMES)
+    assert set(golden) == {*REWARDS, "recorded on"} and set(check.TOLERANCE) == set(REWARDS)
+    assert all(list(golden[name]) == list(check.pictures()) for name in REWARDS)
 
 
 def test_scores_are_recorded_once_and_compared_from_then_on(rewards_root, tmp_path, capsys):

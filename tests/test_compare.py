@@ -14,13 +14,14 @@ import tiny
 from PIL import Image
 
 from compare import main
-from textcraftor import comparison, votes
-from textcraftor.benchmarks import PARTI
-from textcraftor.comparison import bootstrap_interval, compare_groups, paired, wilson_interval
+from textcraftor.benchmark.program import evaluate
+from textcraftor.benchmark.prompt_lists import PARTI
+from textcraftor.benchmark.results import Table
+from textcraftor.comparison import statistics as comparison
+from textcraftor.comparison import votes
+from textcraftor.comparison.runs import comparison_hash, read_runs
+from textcraftor.comparison.statistics import bootstrap_interval, compare_groups, paired, wilson_interval
 from textcraftor.errors import UserError
-from textcraftor.evaluation import evaluate
-from textcraftor.report import Table
-from textcraftor.runs import comparison_hash, read_runs
 
 HOSTILE = '</script><script>alert(1)</script> {{title}} <img src="https://example.com/x.png"> "quoted" & ünï'
 SETTINGS = {"benchmark": "PartiPrompts", "prompts (sha256)": "p" * 64, "hps_version": "2.0", "seed": 2023}
@@ -319,7 +320,7 @@ def test_large_images_are_scaled_down_and_small_files_kept(runs, tmp_path):
     lines = script(Path("compare/report.html").read_text(), "images-0").split("\n")
     assert picture(lines[1]).size == (200, 100) and picture(lines[0]).size == (8, 8)
     Image.effect_noise((100, 100), 50).save(tmp_path / "a.jpg")
-    from textcraftor.pages import data_uri
+    from textcraftor.comparison.pages import data_uri
 
     assert base64.b64decode(data_uri(tmp_path / "a.jpg", 100).split(",")[1]) == (tmp_path / "a.jpg").read_bytes()
 

@@ -18,8 +18,8 @@ import open_clip
 import pytest
 from huggingface_hub import constants
 
-import aesthetic
 import rewards.clip
+from rewards import aesthetic
 from textcraftor import downloads
 from textcraftor.errors import UserError
 
@@ -187,7 +187,7 @@ def test_sources_are_the_rewards_own():
     for name, tower in (("clip", rewards.clip.TOWER), ("aesthetic", aesthetic.TOWER)):
         assert open_clip.get_pretrained_cfg(*tower)["hf_hub"].rstrip("/") == downloads.SOURCES[name][-1].repo
     assert downloads.HEAD.files == (aesthetic.HEAD,)
-    assert set(rewards.NAMES) < set(downloads.SOURCES)
+    assert set(rewards.REWARDS) < set(downloads.SOURCES)
 
 
 def test_a_cut_download_goes_on_where_it_was(hub, tmp_path):

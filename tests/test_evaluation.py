@@ -24,16 +24,16 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hpsv2 import prepare
 from rewards import load_reward
-from textcraftor import generate
-from textcraftor.benchmarks import HPSV2, PARTI
+from rewards.hpsv2 import prepare
+from textcraftor.benchmark import images as generate
+from textcraftor.benchmark.program import evaluate, parse_arguments, start_worker, work_through
+from textcraftor.benchmark.prompt_lists import HPSV2, PARTI
+from textcraftor.benchmark.results import Table, style_scores, summarize
+from textcraftor.benchmark.scores import score_files, weights_hash, whole_view
 from textcraftor.checkpoints import save_text_encoder
 from textcraftor.errors import UserError
-from textcraftor.evaluation import evaluate, parse_arguments, start_worker, work_through
 from textcraftor.models import load_model
-from textcraftor.report import Table, style_scores, summarize
-from textcraftor.scores import score_files, weights_hash, whole_view
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["clip", "aesthetic", "pickscore", "hps_v2.0"]
@@ -523,8 +523,8 @@ def test_the_default_folder_says_what_is_tested(arguments, folder):
 
 @pytest.fixture(scope="module")
 def speed():
-    """benchmarks/eval.py as a module."""
-    spec = importlib.util.spec_from_file_location("benchmarks_eval", ROOT / "benchmarks" / "eval.py")
+    """speed/eval.py as a module."""
+    spec = importlib.util.spec_from_file_location("speed_eval", ROOT / "speed" / "eval.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
     return program

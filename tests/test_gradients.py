@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from rewards import NAMES, load_reward
+from rewards import REWARDS, load_reward
 from textcraftor.models import embed_prompts, encode_prompts, load_model
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
 
@@ -61,7 +61,7 @@ def gradient(score, parameters):
 
 
 @pytest.mark.parametrize("trains", ["text encoder", "unet"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", REWARDS)
 def test_gradient_equals_the_naive_unroll(double_model, rewards_root, name, trains):
     tokenizer, original, tuned, unet, vae, config = double_model
     reward = load_reward(name, rewards_root, "cpu", torch.float64)

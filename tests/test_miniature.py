@@ -1,4 +1,5 @@
 """The miniature: its world, its formats, its weights."""
+
 import json
 import os
 import subprocess
@@ -16,13 +17,14 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from miniature import clips, extender, world
 from miniature.judge import Judge, answers, see
 from miniature.preferences import PAIR_NOISE, group_of, preference_loss
-from textcraftor.benchmarks import PARTI
-from textcraftor.extend import extend_prompt, load_extender
+from textcraftor.benchmark.extend import extend_prompt, load_extender
+from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.models import count_cut
 
 FOLDER = Path(__file__).parents[1] / "miniature"
-needs_font = pytest.mark.skipif(not any(Path(f).exists() for f in world.FONT_FILES),
-                                reason="drawing the world needs the font Noto Color Emoji")
+needs_font = pytest.mark.skipif(
+    not any(Path(f).exists() for f in world.FONT_FILES), reason="drawing the world needs the font Noto Color Emoji"
+)
 
 
 def scenes(count, seed=0, **options):
@@ -31,6 +33,7 @@ def scenes(count, seed=0, **options):
 
 
 # Captions.
+
 
 def test_a_caption_says_nothing_false_about_its_scene_and_a_complete_one_says_all():
     rng = np.random.default_rng(1)
@@ -43,14 +46,23 @@ def test_a_caption_says_nothing_false_about_its_scene_and_a_complete_one_says_al
         assert complete["background"] == scene["background"]
 
 
-@pytest.mark.parametrize("caption, objects, background", [
-    ("a small fox at the left and a large apple at the right of a blue background",
-     [("fox", "small", "left"), ("apple", "large", "right")], "blue"),
-    ("best quality, emoji of a bee above a huge donut on red",
-     [("bee", None, "top"), ("donut", "large", "bottom")], "red"),
-    ("a whale at the top of an orange background", [("whale", None, "top")], "orange"),
-    ("an octopus to the right of a tiny orange car", [("octopus", None, "right"), ("car", None, "left")], None),
-])
+@pytest.mark.parametrize(
+    "caption, objects, background",
+    [
+        (
+            "a small fox at the left and a large apple at the right of a blue background",
+            [("fox", "small", "left"), ("apple", "large", "right")],
+            "blue",
+        ),
+        (
+            "best quality, emoji of a bee above a huge donut on red",
+            [("bee", None, "top"), ("donut", "large", "bottom")],
+            "red",
+        ),
+        ("a whale at the top of an orange background", [("whale", None, "top")], "orange"),
+        ("an octopus to the right of a tiny orange car", [("octopus", None, "right"), ("car", None, "left")], None),
+    ],
+)
 def test_parse_reads_captions_by_hand(caption, objects, background):
     asked = world.parse(caption)
     assert [(o["name"], o["size"], o["place"]) for o in asked["objects"]] == objects
@@ -88,11 +100,16 @@ def test_held_out_prompts_pair_what_training_prompts_never_do():
 
 # Pictures.
 
+
 @needs_font
 def test_a_scene_is_drawn_where_it_says_and_its_flaws_show():
     rng = np.random.default_rng(3)
-    scene = {"objects": [{"name": "apple", "size": "large", "place": "left"}], "background": "blue",
-             "condition": "clean", "vivid": 1.0}
+    scene = {
+        "objects": [{"name": "apple", "size": "large", "place": "left"}],
+        "background": "blue",
+        "condition": "clean",
+        "vivid": 1.0,
+    }
     clean = world.render(scene, rng).astype(float)
     assert clean.shape == (64, 64, 3)
     background = clean[2, 60]
@@ -116,6 +133,7 @@ def test_drawing_is_seeded():
 
 
 # Formats.
+
 
 def test_openclip_weights_under_transformers_names_give_the_same_features():
     clip = clips.new_clip("L").eval()
@@ -147,9 +165,11 @@ def test_the_tokenizer_is_the_same_in_every_process():
 
 def test_scenes_of_a_family_differ_in_one_thing_and_captions_fit():
     shown, captions = clips.families(np.random.default_rng(3))
-    families = ([(shown[i:i + 5], "condition") for i in range(0, 40, 5)]
-                + [(shown[i:i + 5], "place") for i in range(40, 80, 5)]
-                + [(shown[i:i + 4], "objects") for i in range(80, 128, 4)])
+    families = (
+        [(shown[i : i + 5], "condition") for i in range(0, 40, 5)]
+        + [(shown[i : i + 5], "place") for i in range(40, 80, 5)]
+        + [(shown[i : i + 4], "objects") for i in range(80, 128, 4)]
+    )
     assert len(shown) == len(captions) == 128 == sum(len(members) for members, _ in families)
     for members, kind in families:
         assert len({scene["background"] for scene in members}) == 1
@@ -177,7 +197,7 @@ def test_contrastive_loss_is_the_cross_entropy_both_ways():
     logits = np.exp(clip.logit_scale.item()) * image @ text.T
     of_image = [-np.log(np.exp(logits[i, i]) / np.exp(logits[i]).sum()) for i in range(3)]
     of_text = [-np.log(np.exp(logits[i, i]) / np.exp(logits[:, i]).sum()) for i in range(3)]
-    assert loss == pytest.approx((np.mean(of_image) + np.mean(of_text)) / 2, rel=0.02)     # bf16
+    assert loss == pytest.approx((np.mean(of_image) + np.mean(of_text)) / 2, rel=0.02)  # bf16
 
 
 def test_preference_loss_is_the_mean_over_pairs(monkeypatch):
@@ -206,6 +226,7 @@ def test_preference_loss_is_the_mean_over_pairs(monkeypatch):
 
 # What ships.
 
+
 def test_the_weights_stay_small():
     size = sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     assert size < 32 * 2**20
@@ -214,13 +235,18 @@ def test_the_weights_stay_small():
 def test_stock_diffusers_draws_with_it():
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER / "stable-diffusion", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a large apple in the middle of a blue background", num_inference_steps=4, output_type="np",
-                     generator=torch.Generator().manual_seed(0)).images[0]
+    image = pipeline(
+        "a large apple in the middle of a blue background",
+        num_inference_steps=4,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
     assert image.shape == (64, 64, 3) and np.isfinite(image).all() and image.std() > 0.02
 
 
 def test_its_text_encoder_has_the_names_that_all_tools_know():
     from safetensors import safe_open
+
     with safe_open(FOLDER / "stable-diffusion/text_encoder/model.safetensors", "pt") as file:
         assert all(key.startswith("text_model.") for key in file.keys())
     _, info = CLIPTextModel.from_pretrained(FOLDER / "stable-diffusion/text_encoder", output_loading_info=True)
@@ -239,13 +265,18 @@ def test_the_judge_is_right_about_fresh_pictures():
 
 
 def test_answers_name_what_stands_where():
-    truth = answers({"objects": [{"name": "bee", "size": "small", "place": "top"}], "background": "teal",
-                     "condition": "noisy"})
+    truth = answers(
+        {"objects": [{"name": "bee", "size": "small", "place": "top"}], "background": "teal", "condition": "noisy"}
+    )
     none = len(world.NAMES)
     assert truth["object"].tolist() == [none, none, none, world.NAMES.index("bee"), none]
     assert truth["size"].tolist() == [-100, -100, -100, 0, -100]
     assert {k: v.shape[1:] for k, v in Judge()(torch.rand(2, 3, 64, 64)).items()} == {
-        "object": (5, none + 1), "size": (5, 2), "background": (1, 8), "condition": (1, 5)}
+        "object": (5, none + 1),
+        "size": (5, 2),
+        "background": (1, 8),
+        "condition": (1, 5),
+    }
 
 
 def test_its_extender_asks_for_clean_pictures_and_leaves_room_in_the_text_encoder():
@@ -276,8 +307,20 @@ def test_the_extender_learns_what_is_added_and_nothing_else():
 @pytest.mark.slow
 def test_the_first_command_trains_and_shows(tmp_path):
     """Proves that three steps of the miniature's own run, with its rewards and its judge, end with pictures."""
-    command = [sys.executable, "train_textcraftor.py", "--model", "miniature", "--max_steps", "3", "--val_count", "8",
-               "--batch-size", "2", "--output-path", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "train_textcraftor.py",
+        "--model",
+        "miniature",
+        "--max_steps",
+        "3",
+        "--val_count",
+        "8",
+        "--batch-size",
+        "2",
+        "--output-path",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
     for name in ("tc_text.safetensors", "tc_text_best.safetensors", "before_after.png", "curves.png", "metrics.csv"):

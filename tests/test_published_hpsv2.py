@@ -14,9 +14,8 @@ import tiny
 import torch
 from PIL import Image
 
-import hpsv2
-from rewards import load_reward
-from textcraftor.scores import score_files
+from rewards import hpsv2, load_reward
+from textcraftor.benchmark.scores import score_files
 
 PACKAGE = "hpsv2==1.2.0"
 

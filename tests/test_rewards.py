@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-import aesthetic
-import hpsv2
 import rewards
+from rewards import aesthetic, hpsv2
 from rewards.base import preprocess
+from rewards.own import load_function
+from rewards.sum import RewardSum
 from textcraftor.errors import UserError
 from textcraftor.models import clip_tokenizer
 
@@ -30,7 +31,7 @@ REAL_HEAD = Path(__file__).parents[2] / "shared" / "data" / aesthetic.HEAD
 REAL_PROMPTS = REAL_HEAD.with_name("open-prompts-1k.csv")
 REAL_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
-each_reward = pytest.mark.parametrize("name", rewards.NAMES)
+each_reward = pytest.mark.parametrize("name", rewards.REWARDS)
 
 
 def random_images(count=3, size=64, seed=0, dtype=torch.float32):
@@ -444,11 +445,9 @@ def test_weights_stored_in_fp16_are_scored_in_fp32(rewards_root, tmp_path):
 
 
 def test_sum_weighs_and_scales_each_reward(rewards_root):
-    loaded = {name: rewards.load_reward(name, rewards_root, "cpu") for name in rewards.NAMES}
+    loaded = {name: rewards.load_reward(name, rewards_root, "cpu") for name in rewards.REWARDS}
     weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
-    total, scores = rewards.RewardSum([(loaded[name], weight) for name, weight in weights.items()])(
-        random_images(), PROMPTS
-    )
+    total, scores = RewardSum([(loaded[name], weight) for name, weight in weights.items()])(random_images(), PROMPTS)
     alone = {name: reward(random_images(), PROMPTS) for name, reward in loaded.items()}
     assert scores.keys() == weights.keys()
     for name in weights:
@@ -472,7 +471,7 @@ def test_the_gradient_of_the_sum_is_autograds(rewards_root, tmp_path):
     file.write_text(f"def spread(images, prompts):\n    {body}\n")
     weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
     loaded = [(rewards.load_reward(name, rewards_root, "cpu", torch.float64), w) for name, w in weights.items()]
-    summed = rewards.RewardSum([*loaded, (rewards.load_function(f"{file}:spread"), 0.1)])
+    summed = RewardSum([*loaded, (load_function(f"{file}:spread"), 0.1)])
     images, same = (random_images().double().requires_grad_() for _ in range(2))
     (-7 * summed(images, PROMPTS)[0].mean()).backward()
     spread = lambda x: 0.1 * (x - x.mean(dim=0)).square().sum(dim=(1, 2, 3))  # noqa: E731
@@ -495,7 +494,7 @@ def test_equal_towers_run_once(rewards_root, tmp_path, quick_gelu, runs):
     )
     weights, calls = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0}, []
     loaded = [(rewards.load_reward(name, root, "cpu", torch.float64), weight) for name, weight in weights.items()]
-    summed = rewards.RewardSum(loaded)
+    summed = RewardSum(loaded)
     for tower in {reward.visual for reward, _ in loaded[:2]}:
         tower.register_forward_hook(lambda *_: calls.append(1))
     images, same = (random_images().double().requires_grad_() for _ in range(2))
@@ -519,18 +518,18 @@ def test_users_function_is_a_reward_of_scale_1(tmp_path):
         "    return images.mean(dim=(2, 3))\n"
     )
     images = random_images().requires_grad_()
-    brightness = rewards.load_function(f"{file}:brightness")
-    total, scores = rewards.RewardSum([(brightness, 2.0)])(images, PROMPTS)
+    brightness = load_function(f"{file}:brightness")
+    total, scores = RewardSum([(brightness, 2.0)])(images, PROMPTS)
     torch.testing.assert_close(total, 2 * images.mean(dim=(1, 2, 3)))
     assert list(scores) == ["brightness"]
     total.sum().backward()
     torch.testing.assert_close(images.grad, torch.full_like(images, 2 / images[0].numel()))
-    whole = rewards.load_function(f"{file}:counted")(images, PROMPTS)
+    whole = load_function(f"{file}:counted")(images, PROMPTS)
     assert whole.dtype == images.dtype and whole.tolist() == [(image > 0.5).sum().item() for image in images]
     with pytest.raises(UserError, match=r"matrix returned \(3, 3\) for 3 images, expected \(3,\)"):
-        rewards.load_function(f"{file}:matrix")(images, PROMPTS)
+        load_function(f"{file}:matrix")(images, PROMPTS)
     with pytest.raises(UserError, match="same name"):
-        rewards.RewardSum([(brightness, 1.0), (rewards.load_function(f"{file}:brightness"), 1.0)])
+        RewardSum([(brightness, 1.0), (load_function(f"{file}:brightness"), 1.0)])
 
 
 @pytest.mark.parametrize(
@@ -548,12 +547,12 @@ def test_unusable_functions_are_refused(tmp_path, spec, complaint):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(UserError, match=complaint):
-        rewards.load_function(spec.format(folder=tmp_path))
+        load_function(spec.format(folder=tmp_path))
 
 
 def test_an_empty_sum_is_refused():
     with pytest.raises(UserError, match="no reward has a weight"):
-        rewards.RewardSum([])
+        RewardSum([])
 
 
 # Bad input and bad files.
@@ -586,7 +585,7 @@ def test_not_a_number_passes_through_for_the_caller_to_handle(rewards_root):
 def test_check_files_names_everything_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError) as error:
-        rewards.check_files(rewards.NAMES, tmp_path)
+        rewards.check_files(rewards.REWARDS, tmp_path)
     message = str(error.value)
     for part in [
         "open_clip ViT-g-14 (laion2b_s34b_b88k)",

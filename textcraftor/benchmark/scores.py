@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-import hpsv2
-from rewards import check_files, load_reward
+from rewards import check_files, hpsv2, load_reward
 from textcraftor.errors import UserError, first_line
 from textcraftor.options import check_all
 

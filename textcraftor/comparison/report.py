@@ -3,9 +3,9 @@
 import math
 from html import escape
 
-from textcraftor.pages import BLOCK, embed_json, image_blocks, svg_uri, write_page
+from textcraftor.comparison.pages import BLOCK, embed_json, image_blocks, svg_uri, write_page
+from textcraftor.comparison.runs import scored_prompts
 from textcraftor.pictures import difference_plot
-from textcraftor.runs import scored_prompts
 
 METHOD = (
     "Paired by prompt. Differences: mean over prompts, with 95 % percentile bootstrap intervals, prompts resampled "

@@ -18,12 +18,12 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from textcraftor.benchmarks import Benchmark, prompts_hash
+from textcraftor.benchmark.prompt_lists import Benchmark, prompts_hash
+from textcraftor.benchmark.results import Table, check_settings, style_scores, summarize, write_results, write_whole
 from textcraftor.errors import UserError
 from textcraftor.options import SCHEDULERS, check_all, make_parser, require
-from textcraftor.report import Table, check_settings, style_scores, summarize, write_results, write_whole
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
 
 MODEL = "./stable-diffusion-v1-5"
@@ -67,10 +67,10 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     # Imported only now: whatever is wrong above is said at once.
     from accelerate import Accelerator
 
-    import hpsv2
-    from textcraftor.generate import check_steps, check_tuned
+    from rewards import hpsv2
+    from textcraftor.benchmark.images import check_steps, check_tuned
+    from textcraftor.benchmark.scores import check_scorers, load_scorers, weights_hash, whole_view
     from textcraftor.models import check_model, quiet_libraries
-    from textcraftor.scores import check_scorers, load_scorers, weights_hash, whole_view
 
     checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
     if not args.score_only:
@@ -202,10 +202,10 @@ def generator(benchmark, args, scorers, view, device):
     """The Maker that generates images, saves them, and scores them."""
     import torch
 
-    from textcraftor.extend import extend_prompt, load_extender
-    from textcraftor.generate import generate, load_pipeline
+    from textcraftor.benchmark.extend import extend_prompt, load_extender
+    from textcraftor.benchmark.images import generate, load_pipeline
+    from textcraftor.benchmark.scores import score_files, score_images, weights_hash
     from textcraftor.models import count_cut
-    from textcraftor.scores import score_files, score_images, weights_hash
 
     pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -250,7 +250,7 @@ def generator(benchmark, args, scorers, view, device):
 
 def reader(args, rows, scorers, view):
     """The Maker that scores the images there are in the folder --score_only."""
-    from textcraftor.scores import find_image, score_files
+    from textcraftor.benchmark.scores import find_image, score_files
 
     folder = Path(args.score_only)
     if not any((folder / find_image(folder, row["file"])).is_file() for row in rows):

@@ -2,12 +2,12 @@
 What a training step of SD v1.5 with the four real reward models costs, at their full sizes, with random weights.
 
 Run, on the device there is (a GPU, or a CPU with 24 GB and some patience): seconds and FLOPs by part, peak memory:
-$ python -m benchmarks.full_size --batch-size 4 --steps 3
+$ python -m speed.full_size --batch-size 4 --steps 3
 
 Counted, not run: FLOPs and peak memory, on any machine, in minutes:
-$ python -m benchmarks.full_size --count
-$ python -m benchmarks.full_size --count --train unet --batch-size 2 --vae_checkpointing
-$ python -m benchmarks.full_size --count --plain --mixed_precision no
+$ python -m speed.full_size --count
+$ python -m speed.full_size --count --train unet --batch-size 2 --vae_checkpointing
+$ python -m speed.full_size --count --plain --mixed_precision no
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held
-from benchmarks.step import plain_step
 from rewards.base import normalize
+from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held
+from speed.step import plain_step
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
 from textcraftor.options import make_parser, require
@@ -44,7 +44,7 @@ OPTIONS = (
     ("--compile",          False,                    "as in training"),
     ("--steps",            1,                        "steps to run, each of which is reported"),
     ("--count",            False,                    "run nothing: count, on tensors without contents"),
-    ("--plain",            False,                    "with --count: the plain step of benchmarks/step.py instead"),
+    ("--plain",            False,                    "with --count: the plain step of speed/step.py instead"),
 )
 # fmt: on
 

@@ -9,9 +9,16 @@ from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, Sta
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from textcraftor.benchmark.images import (
+    check_steps,
+    check_tuned,
+    generate,
+    load_pipeline,
+    load_tuned,
+    switch_embeddings,
+)
 from textcraftor.checkpoints import load_text_encoder, save_text_encoder, save_unet
 from textcraftor.errors import UserError
-from textcraftor.generate import check_steps, check_tuned, generate, load_pipeline, load_tuned, switch_embeddings
 from textcraftor.models import embed_prompts, encode_prompts, load_model
 from textcraftor.options import SCHEDULERS
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents

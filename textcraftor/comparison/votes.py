@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from textcraftor.comparison import wilson_interval
+from textcraftor.comparison.pages import BLOCK, embed_json, image_blocks, write_page
+from textcraftor.comparison.runs import comparison_hash
+from textcraftor.comparison.statistics import wilson_interval
 from textcraftor.errors import UserError, first_line
-from textcraftor.pages import BLOCK, embed_json, image_blocks, write_page
-from textcraftor.runs import comparison_hash
 
 SHARE_OF_B = {"A": 0.0, "tie": 0.5, "B": 1.0}
 

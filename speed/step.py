@@ -6,7 +6,7 @@ in each step with gradient, the rewards' text features computed again, four towe
 
 The gradient is compared with the plain one of the same memory format.
 
-$ python -m benchmarks.step
+$ python -m speed.step
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, middle_size
-from rewards import RewardSum
 from rewards.base import normalize, preprocess
+from rewards.sum import RewardSum
+from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, middle_size
 from textcraftor.errors import run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
 from textcraftor.options import make_parser, require

@@ -10,8 +10,16 @@ import pytest
 
 from miniature.benchmark_prompts import write_benchmarks
 from miniature.world import is_held_out, parse
-from textcraftor import benchmarks
-from textcraftor.benchmarks import HPSV2, PARTI, fetch_hpsv2, fetch_parti, prompts_hash, read_hpsv2, read_parti
+from textcraftor.benchmark import prompt_lists as benchmarks
+from textcraftor.benchmark.prompt_lists import (
+    HPSV2,
+    PARTI,
+    fetch_hpsv2,
+    fetch_parti,
+    prompts_hash,
+    read_hpsv2,
+    read_parti,
+)
 from textcraftor.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -1,8 +1,8 @@
 """
 Speed of the evaluation: images/s of test_parti.py's way and of a plain loop of batches of 4, side by side.
 
-$ python -m benchmarks.eval                                   the miniature; minutes on a CPU
-$ python -m benchmarks.eval --limit 64 --batch-size 32        those options of test_parti.py that both ways have
+$ python -m speed.eval                                   the miniature; minutes on a CPU
+$ python -m speed.eval --limit 64 --batch-size 32        those options of test_parti.py that both ways have
 
 The plain loop is the published script's way: a stock pipeline draws four images, by both text encoders; they are
 saved; each reward scores them, each prompt's text features computed on their own; then the next four. Both ways make
@@ -28,14 +28,14 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from rewards.base import Reward
-from textcraftor.benchmarks import PARTI
+from textcraftor.benchmark.program import check_arguments, generator, parse_arguments, work_through
+from textcraftor.benchmark.prompt_lists import PARTI
+from textcraftor.benchmark.results import Table
+from textcraftor.benchmark.scores import load_scorers, whole_view
 from textcraftor.checkpoints import load_text_encoder, save_text_encoder
 from textcraftor.errors import UserError, run_program
-from textcraftor.evaluation import check_arguments, generator, parse_arguments, work_through
 from textcraftor.models import load_model, quiet_libraries
-from textcraftor.report import Table
 from textcraftor.sampling import make_scheduler, prompt_noise
-from textcraftor.scores import load_scorers, whole_view
 
 ROUNDS = 2
 PARTS = (

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import full_size, step
-from benchmarks.networks import WEIGHTS, LiveBytes, build, middle_size
-from rewards import RewardSum
+from rewards.sum import RewardSum
+from speed import full_size, step
+from speed.networks import WEIGHTS, LiveBytes, build, middle_size
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, encode_prompts
 from textcraftor.sampling import make_scheduler
 

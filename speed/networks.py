@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from aesthetic import Aesthetic
-from pickscore import PickScore
+from rewards.aesthetic import Aesthetic
+from rewards.pickscore import PickScore
 from rewards.towers import OpenClipReward
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer
 

@@ -2,7 +2,7 @@
 How long, and in how much memory, the prompts of a table as large as openprompts.csv are read.
 
 $ head -n 1000 openprompts.csv > rows.csv
-$ python -m benchmarks.prompts --rows rows.csv --folder /tmp
+$ python -m speed.prompts --rows rows.csv --folder /tmp
 
 Builds a csv of 3 GB below the folder from real rows, reads it in fresh processes, in turn, and removes it:
     whole   pandas.read_csv of all columns, what the targets are relative to
@@ -80,7 +80,7 @@ def main():
         print(f"{path.stat().st_size / 1e9:.2f} GB; the machine has {os.cpu_count()} cores")
         for _ in range(args.rounds):
             for how, measured in results.items():
-                command = [sys.executable, "-m", "benchmarks.prompts", "--read", how, str(path)]
+                command = [sys.executable, "-m", "speed.prompts", "--read", how, str(path)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
                 measured.append(json.loads(done.stdout))
                 seconds, peak, count = measured[-1]
