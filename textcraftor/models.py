@@ -1,8 +1,9 @@
-"""The parts of a Stable Diffusion model, and its text embeddings."""
+"""The parts of a Stable Diffusion model, from a folder, the hub or a single file."""
 
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import open_clip
@@ -14,12 +15,58 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from textcraftor.checkpoints import fill_text_encoder
 from textcraftor.downloads import command
+from textcraftor.embeddings import Conditions, encode_prompts
 from textcraftor.errors import UserError, first_line
 from textcraftor.weights import load_strictly, read_weights
 
 NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 PARTS = ("tokenizer", *NETWORKS, "scheduler")
 SD_V1_CONFIGS = Path(__file__).with_name("stable_diffusion_v1")  # a single file carries none
+
+
+class Model(NamedTuple):
+    """A Stable Diffusion model as load_model returns it."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler_config: dict
+
+
+class Networks(NamedTuple):
+    """What an image is made by. Without a tuned encoder, `text_encoder` is `original_encoder`."""
+
+    tokenizer: CLIPTokenizer
+    original_encoder: CLIPTextModel
+    text_encoder: torch.nn.Module
+    unet: torch.nn.Module
+    vae: AutoencoderKL
+    unconditional: Conditions  # of the original encoder, one row; computed once
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.device
+
+
+def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> Networks:
+    """The Networks of a model, on the devices and in the types that they have now, with a tuned encoder or its own."""
+    with torch.no_grad():
+        unconditional = encode_prompts(model.tokenizer, model.text_encoder, [""])
+    tuned = model.text_encoder if text_encoder is None else text_encoder
+    return Networks(model.tokenizer, model.text_encoder, tuned, model.unet, model.vae, unconditional)
+
+
+def latent_shape(model: Model) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of the pictures that the model was trained on.
+
+    The UNet's sample_size is a number or a pair; without one it follows from the autoencoder's picture size.
+    """
+    size = model.unet.config.sample_size
+    if size is None:
+        size = model.vae.config.sample_size // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.unet.config.in_channels, height, width
 
 
 def quiet_libraries():
@@ -49,7 +96,7 @@ def check_model(model):
 
 
 def load_model(model):
-    """Load a diffusers folder, hub id or SD v1 single file -> (tokenizer, text_encoder, unet, vae, scheduler config).
+    """Load a diffusers folder, hub id or SD v1 single file -> Model.
 
     The three networks are fp32 whatever their files hold, channels last, in eval mode, and frozen.
     Raises UserError if there is no such model or a part of it lacks weights.
@@ -63,7 +110,7 @@ def load_model(model):
     for network in networks:
         network.to(memory_format=torch.channels_last)  # convolutions are a tenth faster, also on CPUs
         network.float().eval().requires_grad_(False)
-    return tokenizer, *networks, dict(scheduler_config)
+    return Model(tokenizer, *networks, dict(scheduler_config))
 
 
 def _load_folder(model):
@@ -112,37 +159,3 @@ def clip_tokenizer():
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {renamed.get(token, token): index for token, index in bpe.encoder.items()}
     return CLIPTokenizer(vocab=vocabulary, merges=list(bpe.bpe_ranks), model_max_length=bpe.context_length)
-
-
-def encode_prompts(tokenizer, text_encoder, prompts):
-    """B prompts -> text embeddings (B, L, D): the last hidden state, prompts padded or cut to the model's L tokens."""
-    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return text_encoder(tokens.to(text_encoder.device)).last_hidden_state
-
-
-def embed_prompts(tokenizer, original_encoder, text_encoder, unconditional, prompts, weighting=1.0):
-    """Text embeddings for both parts of the sampler, each (2B, L, D), the B unconditional rows first.
-
-    unconditional: (1, L, D), the original encoder's embedding of "", computed once by the caller.
-    Returns (original, without gradient; weighting * tuned + (1 - weighting) * original), the second from one forward
-    pass of `text_encoder` over "" and all prompts, or the first again if both encoders are one.
-    """
-    with torch.no_grad():
-        conditional = encode_prompts(tokenizer, original_encoder, prompts)
-        original = guidance_pair(torch.cat([unconditional, conditional]))
-    if text_encoder is original_encoder:
-        return original, original
-    tuned = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
-    return original, torch.lerp(original.to(tuned.dtype), tuned, weighting)
-
-
-def guidance_pair(embeddings):
-    """(1+B, L, D), the unconditional embedding and B conditional ones -> (2B, L, D), B unconditional rows first."""
-    conditional = embeddings[1:]
-    return torch.cat([embeddings[:1].expand_as(conditional), conditional])
-
-
-def count_cut(tokenizer, prompts):
-    """How many of the prompts have more tokens than the model takes, and lose their end."""
-    lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
-    return sum(length > tokenizer.model_max_length for length in lengths)

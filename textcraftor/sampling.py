@@ -1,75 +1,99 @@
-"""DDIM sampling with classifier-free guidance, differentiable in its last steps (TextCraftor, section 4.2)."""
+"""From noise and prompts to images, differentiable in the last sampling steps (TextCraftor, section 4.2).
 
+`make_images` is the one way by which training, validation and the benchmarks make an image. It calls a sampler, a
+function of tensors that decides which steps the tuned conditions drive and where gradient flows:
+
+    sampler(predict, scheduler, z_T, original, tuned, tuned_steps) -> z_0
+
+where predict(z_t, t, conditions) -> guided noise prediction. A new way to sample or to differentiate is another one.
+Latents and the scheduler's arithmetic are fp32 everywhere; each network computes in the type of its weights.
+"""
+
+import copy
+import inspect
 from functools import partial
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from textcraftor.embeddings import embed_prompts
+from textcraftor.errors import UserError
+from textcraftor.options import SCHEDULERS
 
-def make_scheduler(config, steps):
-    """The method's sampler: DDIM with `steps` trailing time steps, whatever sampler the model's folder names.
+# What a model's own scheduler config says of the noise that the model was trained on.
+NOISE_SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
-    config: the folder's scheduler config (a dict; its noise schedule and prediction type are kept), or the model's
-    folder or hub id. For steps=25 and 1000 training steps, timesteps are 999, 959, …, 39.
+
+def make_images(
+    networks, scheduler, prompts, noise, *, tuned_steps, guidance, weighting=1.0, checkpoint=False,
+    vae_checkpointing=False, generators=None,
+):  # fmt: skip
+    """B prompts and their noise z_T (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains.
+
+    networks: a models.Networks; scheduler: of make_scheduler; the last `tuned_steps` steps are driven by weighting *
+    tuned + (1 - weighting) * original text embeddings, those before by the original ones. checkpoint,
+    vae_checkpointing: recompute activations in the backward pass, of the tuned steps and of the VAE. generators: one an
+    image, for schedulers that add noise in each step.
     """
-    if not isinstance(config, dict):
-        config = DDIMScheduler.load_config(config, subfolder="scheduler")
-    keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    scheduler = DDIMScheduler(
-        **{name: config[name] for name in keep if name in config},
-        timestep_spacing="trailing",
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
-    scheduler.set_timesteps(steps)
-    scheduler.timesteps = scheduler.timesteps[:steps]  # rounding adds t = -1 for 61 steps and some others
-    return scheduler
+    original, tuned = embed_prompts(networks, prompts, weighting)
+    predict = partial(predict_noise, networks.unet, guidance)
+    z = noise.to(networks.device) * scheduler.init_noise_sigma
+    z = sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint, generators)
+    return decode(networks.vae, z, vae_checkpointing)
 
 
-def prompt_noise(seed, indices, shape):
-    """Standard normal noise (B, *shape) on the CPU, row i a function of (seed, indices[i]) only.
+def predict_noise(unet, guidance, z, t, conditions):
+    """Classifier-free guidance: z_t (B, C, h, w), conditions of 2B rows, unconditional ones first -> (B, C, h, w).
 
-    Not torch's generator: its CPU state keeps only 32 bits of a seed, too few for a pair.
-    """
-    rows = [np.random.default_rng([seed, int(index)]).standard_normal(shape, dtype=np.float32) for index in indices]
-    return torch.from_numpy(np.stack(rows))
-
-
-def ddim_step(unet, scheduler, z, t, embeddings, guidance):
-    """One guided DDIM step: z_t (B, C, h, w), embeddings (2B, L, D), unconditional rows first -> z_{t-1}.
-
-    The UNet computes in the type its weights have, guidance and the step itself in that of z.
+    The UNet computes in the type its weights have, guidance in that of z.
     """
     dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
-    epsilon = unet(torch.cat([z, z]).to(dtype), t, encoder_hidden_states=embeddings.to(dtype)).sample.to(z.dtype)
-    unconditional, conditional = epsilon.chunk(2)
-    epsilon = unconditional + guidance * (conditional - unconditional)
-    return scheduler.step(epsilon, t, z).prev_sample
+    conditions = {name: value.to(dtype) for name, value in conditions.items()}
+    prediction = unet(torch.cat([z, z]).to(dtype), t, **conditions).sample.to(z.dtype)
+    unconditional, conditional = prediction.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
-def sample_latents(unet, scheduler, latents, original, tuned, guidance, grad_steps, checkpoint=True):
-    """Run all T steps of `scheduler`: the last K = grad_steps with `tuned`, those before with `original`.
+def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None):
+    """Run all T steps of `scheduler`, the last K = tuned_steps with `tuned` and gradient (the paper's; DRaFT-K).
 
-    latents: (B, C, h, w) noise z_T; original, tuned: (2B, L, D) text embeddings, unconditional rows first.
-    The first T−K steps carry no gradient. With checkpoint=True each of the last K keeps its input latents only and is
-    computed again in the backward pass, so memory neither grows with T nor, but for those latents, with K.
-    Returns z_0, (B, C, h, w).
+    z: (B, C, h, w), z_T. The first T − K steps use `original` and carry no gradient. With checkpoint=True each of the
+    last K keeps its input latents only and is computed again in the backward pass, so memory neither grows with T nor,
+    but for those latents, with K. Returns z_0, (B, C, h, w).
     """
-    first_tuned = len(scheduler.timesteps) - grad_steps
-    z = latents * scheduler.init_noise_sigma
+    scheduler = copy.deepcopy(scheduler)  # some count their steps and remember predictions
+    first = first_tuned(scheduler, tuned_steps)
+
+    def step(z, t, conditions):
+        prediction = predict(scheduler.scale_model_input(z, t), t, conditions)
+        return scheduler.step(prediction, t, z, **step_noise(scheduler, generators)).prev_sample
+
     with torch.no_grad():
-        for t in scheduler.timesteps[:first_tuned]:
-            z = ddim_step(unet, scheduler, z, t, original, guidance)
-    for t in scheduler.timesteps[first_tuned:]:
+        for t in scheduler.timesteps[:first]:
+            z = step(z, t, original)
+    for t in scheduler.timesteps[first:]:
         if checkpoint:
-            z = recompute_in_backward(
-                ddim_step, unet, scheduler, z, t, tuned, guidance, use_reentrant=False, preserve_rng_state=False
-            )
+            z = recompute_in_backward(step, z, t, tuned, use_reentrant=False, preserve_rng_state=False)
         else:
-            z = ddim_step(unet, scheduler, z, t, tuned, guidance)
+            z = step(z, t, tuned)
     return z
+
+
+def first_tuned(scheduler, tuned_steps):
+    """Index among scheduler.timesteps of the first evaluation in the last `tuned_steps` steps.
+
+    Second-order schedulers evaluate the network twice in each step but the last, and PNDM twice in the first.
+    """
+    if tuned_steps == scheduler.num_inference_steps:
+        return 0
+    evaluations = scheduler.order * (tuned_steps - 1) + 1 if tuned_steps else 0
+    return len(scheduler.timesteps) - evaluations
 
 
 def decode(vae, latents, checkpoint=False):
@@ -86,3 +110,57 @@ def decode(vae, latents, checkpoint=False):
         again = partial(recompute_in_backward, image, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(z) for z in latents.split(1)])
     return image(latents)
+
+
+def make_scheduler(config, steps, name="DDIM"):
+    """A scheduler of `steps` steps with the model's own noise schedule and prediction type.
+
+    config: the model's scheduler config, a dict. name: of options.SCHEDULERS. "DDIM" is the method's sampler whatever
+    the model names: η = 0, trailing time steps (999, 959, …, 39 for 25), ᾱ₀ for the last; others are as diffusers has
+    them. Raises UserError for schedules that its sampler cannot start from.
+    """
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        raise UserError(
+            "the model's scheduler has rescale_betas_zero_snr with prediction_type epsilon: pure noise at the first "
+            "step tells nothing of the image; the model wants prediction_type v_prediction in scheduler_config.json"
+        )
+    if name != "DDIM":
+        own = {"skip_prk_steps": True} if name == "PNDM" else {}  # as SD v1.5: no steps of 4 evaluations
+        scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config, **own)
+        scheduler.set_timesteps(steps)
+        return scheduler
+    scheduler = DDIMScheduler(
+        **{key: config[key] for key in NOISE_SCHEDULE if key in config},
+        timestep_spacing="trailing",
+        set_alpha_to_one=False,
+        clip_sample=False,
+        steps_offset=1,  # unused with trailing spacing; diffusers warns about other values
+    )
+    scheduler.set_timesteps(steps)
+    scheduler.timesteps = scheduler.timesteps[:steps]  # rounding adds t = -1 for 61 steps and some others
+    return scheduler
+
+
+def prompt_noise(seed, indices, shape):
+    """Standard normal noise (B, *shape) on the CPU, row i a function of (seed, indices[i]) only.
+
+    Not torch's generator: its CPU state keeps only 32 bits of a seed, too few for a pair.
+    """
+    rows = [np.random.default_rng([seed, int(index)]).standard_normal(shape, dtype=np.float32) for index in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def step_noise(scheduler, generators):
+    """The keyword argument by which a scheduler that adds noise in each step draws it, if it is one."""
+    takes_it = generators and "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if takes_it else {}
+
+
+def step_generators(seed, indices):
+    """A generator an image for the noise that some schedulers add in every step."""
+    return [torch.Generator().manual_seed(index_seed(seed, index)) for index in indices]
+
+
+def index_seed(seed, index):
+    """A seed, 32 bits, of all that is drawn for prompt `index` beside its first noise."""
+    return int(np.random.SeedSequence([seed, int(index)]).generate_state(1)[0])

@@ -1,0 +1,46 @@
+"""Prompt embeddings: what the UNet is told of the prompts.
+
+Conditions are keyword arguments of the UNet, a dict of tensors with a row a prompt: for Stable Diffusion v1
+{"encoder_hidden_states": (B, L, D)}. Everything but `encode_prompts` works for any others, such as SDXL's added ones.
+"""
+
+import torch
+
+Conditions = dict[str, torch.Tensor]
+
+
+def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
+    """B prompts, padded or cut to the model's L tokens -> the text encoder's last hidden state (B, L, D)."""
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return {"encoder_hidden_states": text_encoder(tokens.to(text_encoder.device)).last_hidden_state}
+
+
+def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple[Conditions, Conditions]:
+    """Conditions for both parts of the sampler, each of 2B rows, the B unconditional ones first.
+
+    networks: a models.Networks. Returns (of the original encoder, without gradient; weighting * tuned +
+    (1 - weighting) * original), the second from one forward pass of the tuned encoder over "" and all prompts, or the
+    first again if both encoders are one.
+    """
+    with torch.no_grad():
+        conditional = encode_prompts(networks.tokenizer, networks.original_encoder, prompts)
+        rows = {name: torch.cat([networks.unconditional[name], value]) for name, value in conditional.items()}
+        original = guidance_pair(rows)
+    if networks.text_encoder is networks.original_encoder:
+        return original, original
+    tuned = guidance_pair(encode_prompts(networks.tokenizer, networks.text_encoder, ["", *prompts]))
+    return original, {name: torch.lerp(original[name].to(value), value, weighting) for name, value in tuned.items()}
+
+
+def guidance_pair(conditions: Conditions) -> Conditions:
+    """1 + B rows, the unconditional one and B conditional ones -> 2B rows, B unconditional ones first."""
+    pairs = {}
+    for name, rows in conditions.items():
+        pairs[name] = torch.cat([rows[:1].expand_as(rows[1:]), rows[1:]])
+    return pairs
+
+
+def count_cut(tokenizer, prompts: list[str]) -> int:
+    """How many of the prompts have more tokens than the text encoder reads, and lose their end."""
+    lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
+    return sum(length > tokenizer.model_max_length for length in lengths)
