@@ -1,68 +1,69 @@
-"""Weights and states of a run on disk, each written whole or not at all.
+"""Checkpoints of a run: its weights and what continuing needs, each written whole or not at all.
 
-Weights carry the names that transformers 4 and 5, diffusers and ComfyUI know.
+In the output folder: <name>_e_<epoch>_iter_<step>.safetensors, the trained weights, and <name>.safetensors, a link to
+the newest; <name>_best.safetensors; and resume/step_<step>/, accelerate's state of optimizer, loss scale and random
+numbers, which belongs to the weights of the same step. Weights are named as transformers 4 and 5, diffusers and ComfyUI
+know them, so a run can be resumed under another version of these libraries.
 """
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors.torch import save_file
+from textcraftor.errors import UserError, first_line
+from textcraftor.files import free_bytes, write_whole
 
-from textcraftor.errors import UserError
-from textcraftor.weights import load_strictly, read_weights
-
-
-def save_text_encoder(state, path):
-    """Write a CLIPTextModel's state dict as fp32 safetensors, keys `text_model.…` (gone from transformers 5 itself)."""
-    save_tensors({f"text_model.{_bare(key)}": value.float() for key, value in state.items()}, path)
+MARGIN = 2**20  # bytes for pictures, metrics and the rest
 
 
-def load_text_encoder(text_encoder, path):
-    """Fill a CLIPTextModel from a safetensors or pickled state dict, strictly, in place.
+class Trained(NamedTuple):
+    """A network in training, under the one name that its files have: tc_text or tc_unet."""
 
-    Keys may carry `module.` and `text_model.` in front (the paper's file has both) and include `position_ids`, a
-    constant of old transformers. Raises UserError with the first missing, unexpected or misshapen names.
-    """
-    fill_text_encoder(text_encoder, _read(path), path)
-
-
-def fill_text_encoder(text_encoder, state, path):
-    """load_text_encoder for a state dict that was read from `path`."""
-    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    own = {_bare(key): key for key in text_encoder.state_dict()}
-    load_strictly(text_encoder, {own.get(_bare(key), key): value for key, value in state.items()}, path)
+    name: str
+    network: object  # as accelerator.prepare returned it
+    learning_rate: float
+    save: Callable  # (state dict, path)
+    load: Callable  # (network, path), strictly, in place
 
 
-def save_unet(state, path):
-    """Write the state dict of a UNet2DConditionModel as fp32 safetensors with diffusers' own keys."""
-    save_tensors({key: value.float() for key, value in state.items()}, path)
+def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
+    """Bytes of one checkpoint's (weights, optimizer state): fp32, and AdamW's two moments of each weight."""
+    weights = 4 * sum(parameter.numel() for part in trained for parameter in part.network.parameters())
+    return weights, 2 * weights
 
 
-def load_unet(unet, path):
-    """Fill a UNet2DConditionModel as load_text_encoder does; keys may carry `module.` in front."""
-    load_strictly(unet, {key.removeprefix("module."): value for key, value in _read(path).items()}, path)
+def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
+    """Raise UserError unless `folder` has room for what a run of `keep` checkpoints (0: at least one) writes."""
+    weights, state = checkpoint_bytes(trained)
+    needed = (max(keep, 1) + 2) * weights + 2 * state + MARGIN  # the best, and the new beside the old while it is written
+    if (free := free_bytes(folder)) < needed:
+        raise UserError(
+            f"{folder}: {free / 1e9:.2f} GB free, and this run writes up to {needed / 1e9:.2f} GB of checkpoints; free "
+            "some space, keep fewer with --keep_checkpoints 1, or choose another --output-path"
+        )
 
 
-def check_weights(path):
-    """Raise UserError unless there is a file `path`."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint file")
+def has_room(folder: Path, trained: list[Trained]) -> bool:
+    """Whether the disk has room for one more checkpoint."""
+    return free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN
 
 
-def save_tensors(tensors, path):
-    """Write a dict of tensors as safetensors, first beside its place, then renamed: nobody ever sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers 4 reads no file without it
-    os.replace(unfinished, path)
+def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str) -> None:
+    """Write <name><suffix>.safetensors of every trained network. All processes call this: each may hold a part."""
+    for part in trained:
+        state = accelerator.get_state_dict(part.network)
+        if accelerator.is_main_process:
+            part.save(state, Path(folder) / f"{part.name}{suffix}.safetensors")
 
 
-def save_state(accelerator, folder, step):
-    """Write all that continuing after `step` needs to folder/step_<step>, whole or not at all; drop the one before."""
-    folder, unfinished = Path(folder), Path(folder) / "unfinished"
+def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
+    """Write the weights and the state after `step`, then link the newest weights and delete those beyond `keep`."""
+    folder, states, suffix = Path(folder), Path(folder) / "resume", f"_e_{epoch}_iter_{step}"
+    unfinished = states / "unfinished"
+    save_weights(accelerator, trained, folder, suffix)
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -70,27 +71,65 @@ def save_state(accelerator, folder, step):
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        older = list(folder.glob("step_*"))
-        unfinished.rename(folder / f"step_{step:06d}")
+        older = [state for state in states.glob("step_*") if _step(state) != step]
+        shutil.rmtree(states / f"step_{step:06d}", ignore_errors=True)
+        unfinished.rename(states / f"step_{step:06d}")
         for state in older:
             shutil.rmtree(state)
+        for part in trained:
+            link(folder / f"{part.name}{suffix}.safetensors", folder / f"{part.name}.safetensors")
+            weights = sorted(folder.glob(f"{part.name}_e_*_iter_*.safetensors"), key=_step)
+            for path in weights[:-keep] if keep else []:
+                path.unlink()
     accelerator.wait_for_everyone()
 
 
-def last_state(folder):
-    """The newest whole state written by save_state and its step, or (None, 0)."""
-    states = sorted(Path(folder).glob("step_*"), key=_step)
-    return (states[-1], _step(states[-1])) if states else (None, 0)
+def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
+    """Restore weights and state of the newest checkpoint in place -> its step, or 0 if there is none.
+
+    Raises UserError if files of it are missing or damaged.
+    """
+    folder = Path(folder)
+    states = sorted((folder / "resume").glob("step_*"), key=_step)
+    if not states:
+        return 0
+    step = _step(states[-1])
+    if not accelerator.is_fsdp2:  # whose split weights lie in the state
+        for part in trained:
+            found = list(folder.glob(f"{part.name}_e_*_iter_{step}.safetensors"))
+            if not found:
+                raise UserError(
+                    f"--resume: {states[-1]} belongs to {part.name}_e_…_iter_{step}.safetensors, which is not in "
+                    f"{folder}; put it back, or start another run from other weights with --text_path"
+                )
+            part.load(accelerator.unwrap_model(part.network), found[0])
+    try:
+        accelerator.load_state(str(states[-1]))
+    except Exception as problem:  # pickle, zip and accelerate each raise their own kinds for a damaged file
+        raise UserError(
+            f"--resume: {states[-1]} is damaged or incomplete ({type(problem).__name__}: {first_line(problem)}); start "
+            f"another run from the weights in {folder} with --text_path"
+        ) from problem
+    return step
 
 
-def _step(state):
-    return int(state.name.removeprefix("step_"))
+def keep_weights_out_of_state(accelerator) -> None:
+    """Have accelerate's state hold no weights: the checkpoint has them already, in a format that is everybody's.
+
+    Under FSDP, accelerate writes split weights in any case, and they stay.
+    """
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
-def _bare(key):
-    return key.removeprefix("module.").removeprefix("text_model.")
+def link(target: Path, path: Path) -> None:
+    """Make `path` a relative link to `target`, in the same folder; a copy on file systems without links."""
+    with write_whole(path) as unfinished:
+        try:
+            os.symlink(target.name, unfinished)
+        except OSError:
+            shutil.copyfile(target, unfinished)
 
 
-def _read(path):
-    check_weights(path)
-    return read_weights(path)
+def _step(path):
+    return int(re.search(r"(\d+)(?:\.safetensors)?$", path.name)[1])

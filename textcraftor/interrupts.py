@@ -1,7 +1,13 @@
-"""Ctrl-C and SIGTERM as a wish to stop that the training loop answers between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop that training answers at its next safe point."""
 
 import contextlib
 import signal
+
+import torch
+
+
+class Stopped(Exception):
+    """A signal asked this run, on any of its processes, to stop."""
 
 
 @contextlib.contextmanager
@@ -19,3 +25,14 @@ def stop_signals():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def raise_if_stopped(accelerator, received):
+    """Raise Stopped on every process if any of them has received a signal. All processes must call this together."""
+    if accelerator.num_processes == 1:
+        stop = bool(received)
+    else:
+        flag = torch.tensor([float(len(received))], device=accelerator.device)
+        stop = accelerator.gather(flag).sum().item() > 0
+    if stop:
+        raise Stopped

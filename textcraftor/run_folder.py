@@ -7,58 +7,104 @@ import os
 from itertools import islice
 from pathlib import Path
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
+from textcraftor.files import write_whole
+
+OPTIONS_FILE = "options.json"
 
 
 def check_folder(folder, resume):
-    """Raise UserError if `folder` holds a run that would be overwritten, or none to resume."""
-    has_run = (Path(folder) / "options.json").is_file()
+    """Raise UserError if `folder` cannot be written to, holds a run that would be overwritten, or none to resume."""
+    folder = Path(folder)
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output-path {folder}: {existing} is a file; choose a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output-path {folder}: no permission to write in {existing}; choose another folder")
+    has_run = (folder / OPTIONS_FILE).is_file()
     if has_run and not resume:
-        raise UserError(f"{folder} holds a run: go on with it by --resume, or choose another --output-path")
-    if resume and not has_run:
-        raise UserError(f"--resume: no run in {folder}; leave --resume away to start one there")
+        raise UserError(f"{folder} holds a run: continue it with --resume, or choose another --output-path")
+    if resume:
+        if not has_run:
+            raise UserError(f"--resume: no run in {folder}; leave out --resume to start one there")
+        read_options(folder)
+        if not (folder / "metrics.csv").is_file():
+            raise UserError(f"--resume: {folder}/metrics.csv is missing; put it back, or start another run elsewhere")
+
+
+def read_options(folder):
+    """The options that the run in `folder` recorded, a dict; UserError if the file is damaged."""
+    path = Path(folder) / OPTIONS_FILE
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} cannot be read ({first_line(problem)}); start another run elsewhere") from problem
+    if not isinstance(options, dict):
+        raise UserError(f"{path} holds no options of a run; start another run elsewhere")
+    return options
 
 
 class Record:
-    """metrics.csv and its rows: progress line, curves and best score are derived from them, so a resume is too.
+    """metrics.csv and its rows. The progress line, the curves and the best score all derive from these rows, so a
+    resumed run has the same.
 
-    A row is a dict of numbers with its "step"; what a step has not (validation, mostly) is left out of it.
+    A row is a dict of numbers with its "step"; what a step lacks (mostly validation scores) is left out.
     """
 
     def __init__(self, folder, columns, writes=True):
-        """columns: those of metrics.csv; writes: False in all processes but one."""
+        """columns: those of metrics.csv; writes: whether this process writes the file (the main one does)."""
         self.folder, self.path = Path(folder), Path(folder) / "metrics.csv"
         self.columns, self.writes, self.rows = columns, writes, []
 
     def start(self, options):
         """Begin a run: write its options (a dict) and an empty metrics.csv."""
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._rewrite()
-            (self.folder / "options.json").write_text(json.dumps(options, indent=2) + "\n")
+            with write_whole(self.folder / OPTIONS_FILE) as file:
+                file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
-    def resume(self, options, last_step):
-        """Go on with a run: forget the rows after `last_step`. Raises UserError if it had other options."""
-        earlier = json.loads((self.folder / "options.json").read_text())
-        for name, value in json.loads(json.dumps(options)).items():
-            if value != earlier.get(name):
+    def resume(self, options, compared, last_step):
+        """Continue a run: forget the rows after `last_step`. Raises UserError if those `compared` of `options` differ."""
+        earlier = read_options(self.folder)
+        options = json.loads(json.dumps(options))
+        for name in compared:
+            if options[name] != earlier.get(name):
+                found = f"has {name} = {earlier.get(name)}, not {options[name]}"
+                if name == "content":
+                    before = earlier.get(name) or {}
+                    changed = [what for what, value in options[name].items() if value != before.get(what)]
+                    found = f"had other {', '.join(changed) or 'files'} (compared by content)"
                 raise UserError(
-                    f"--resume: the run in {self.folder} has {name} = {earlier.get(name)}, not {value}; "
-                    "repeat its options, or start another run in another --output-path"
+                    f"--resume: the run in {self.folder} {found}; repeat its options, or start another run with "
+                    "another --output-path"
                 )
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1].splitlines()  # a run killed while writing leaves half a last row
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
-        self.rows = [row for row in rows if row["step"] <= last_step]
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1].splitlines()  # a run killed while writing leaves half a last row
+            reader = csv.DictReader(whole)
+            rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
+            self.rows = [row for row in rows if row["step"] <= last_step]
+            if [row["step"] for row in self.rows] != list(range(last_step + 1)):
+                raise ValueError(f"expected one row for each of the steps 0 to {last_step}, found {len(self.rows)}")
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise UserError(
+                f"--resume: {self.path} is damaged ({first_line(problem)}); start another run from the weights in "
+                f"{self.folder} with --text_path"
+            ) from problem
         if self.writes:
             self._rewrite()
 
     def add(self, row):
-        """Keep a row, and add it to metrics.csv."""
-        row = {name: float(f"{value:.9g}") for name, value in row.items()}  # as a resumed run will read it
-        self.rows.append(row)
+        """Keep a row, and append it to metrics.csv."""
+        self.rows.append(_rounded(row))
         if self.writes:
-            _append(self.path, self.columns, [row])
+            _append(self.path, self.columns, self.rows[-1:])
+
+    def amend(self, values):
+        """Add values to the last row."""
+        self.rows[-1] |= _rounded(values)
+        if self.writes:
+            self._rewrite()
 
     def mean(self, name, window):
         """The mean of a column over its last `window` finite values; NaN if there is none."""
@@ -67,7 +113,7 @@ class Record:
         return sum(values) / len(values) if values else math.nan
 
     def line(self, names, window):
-        """The means of columns over their last values, and the newest validation: what a progress bar has room for."""
+        """Means of columns over their last values and the newest validation, short enough for a progress bar."""
         parts = [f"{name} {self.mean(name, window):.4g}" for name in names]
         return " ".join([*parts, f"| held out {self.mean('val_total', 1):.4g}"])
 
@@ -76,15 +122,18 @@ class Record:
         return max((row[name] for row in self.rows if row.get(name, math.nan) > -math.inf), default=-math.inf)
 
     def _rewrite(self):
-        unfinished = self.path.with_name("metrics.csv.tmp")
-        with open(unfinished, "w", newline="") as file:
-            csv.DictWriter(file, self.columns).writeheader()
-        _append(unfinished, self.columns, self.rows)
-        os.replace(unfinished, self.path)
+        with write_whole(self.path) as unfinished:
+            with open(unfinished, "w", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writeheader()
+            _append(unfinished, self.columns, self.rows)
+
+
+def _rounded(row):
+    return {name: float(f"{value:.9g}") for name, value in row.items()}  # as a resumed run will read it
 
 
 def _append(path, columns, rows):
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         for row in rows:
             cells = {name: f"{value:.9g}" for name, value in row.items()}
             csv.DictWriter(file, columns).writerow(cells)

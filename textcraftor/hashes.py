@@ -1,0 +1,24 @@
+"""Content hashes: the same file or network under another path or name is the same."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+
+def file_hash(path: Path | str) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """sha256 of a network's weights in fp32, in their order, whatever file and names they came under."""
+    digest = hashlib.sha256()
+    for weight in network.state_dict().values():
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(weight.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
