@@ -35,6 +35,7 @@ BLOCK = 2**20  # bytes of a table that are read at once
 THREADS = 4  # for reading blocks
 LINES = 100_000  # lines of other files that are read at once
 SAMPLE = 200  # rows from which column and delimiter are chosen
+LONGEST_LINE = 2**20  # bytes of such a row; a longer line is cut there
 LONGEST = 10_000  # characters; a longer cell is no prompt but rows that a stray quotation mark has joined
 BOM = b"\xef\xbb\xbf"
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -230,7 +231,7 @@ def _arrow_text(value):
 
 def _table(path):
     with _open(path) as file:
-        lines = list(islice(iter(lambda: file.readline(BLOCK), b""), SAMPLE))
+        lines = list(islice(iter(lambda: file.readline(LONGEST_LINE), b""), SAMPLE))
     lines = [line.removeprefix(BOM).decode("utf-8", "surrogateescape") for line in lines]
     skip = next((number for number, line in enumerate(lines) if line.strip()), len(lines))  # lines before the header
     if skip == len(lines):
