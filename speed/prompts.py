@@ -7,7 +7,7 @@ $ python -m speed.prompts --rows rows.csv --folder /tmp
 Builds a csv of 3 GB below the folder from real rows, reads it in fresh processes, in turn, and removes it:
     whole   pandas.read_csv of all columns, what the targets are relative to
     column  pandas.read_csv of the column `prompt`, its distinct prompts as a list of strings
-    ours    textcraftor.prompts: read_prompts, hold_out and checksum, all that training does with them
+    ours    textcraftor.prompts: read_training_prompts and checksum, as one process per node does before training
 """
 
 import argparse
@@ -42,7 +42,7 @@ def read(how, path):
     """Read as in the module's docstring -> seconds, peak memory of this process in bytes, number of prompts."""
     import pandas as pd
 
-    from textcraftor.prompts import checksum, hold_out, read_prompts
+    from textcraftor.prompts import checksum, read_training_prompts
 
     began = time.perf_counter()
     if how == "whole":
@@ -51,8 +51,9 @@ def read(how, path):
         column = pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"].tolist()
         prompts = list(dict.fromkeys(filter(None, (prompt.strip() for prompt in column))))
     else:
-        prompts, held_out = hold_out(read_prompts(path)[0], [], 16)
-        checksum(prompts)
+        with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+            prompts = read_training_prompts(path, None, 16, Path(folder, "prompts"))[0]
+            checksum(prompts)
     seconds = time.perf_counter() - began
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, len(prompts)
 

@@ -1,271 +1,160 @@
-"""Prompt files: the prompts of a csv, tsv, txt, jsonl or parquet file, of any size, and what is wrong in it."""
+"""The prompts to train on: read once per node from a csv, tsv, txt, jsonl, json or parquet file, of any size.
 
-import csv
-import io
-import json
-import re
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+`prompt_formats` reads the file formats, `prompt_columns` finds a table's prompts; here, prompts become a list or a
+memory-mapped file. Nothing here needs torch.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from textcraftor.downloads import command
-from textcraftor.errors import UserError, first_line
+from textcraftor.errors import UserError
+from textcraftor.prompt_formats import SUFFIXES, open_prompts, suffix_of
 
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
-BLOCK = 2**20  # bytes of a table that are read at once
-THREADS = 4  # that read blocks
-LINES = 100_000  # lines of other files, and prompts whose checksum is taken at once
-LONGEST = 10_000  # characters; a longer cell of a table is no prompt but rows that a stray quotation mark has joined
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, or a byte that is not UTF-8
-# For the whole process, as the csv module has it; its own 128 KiB would refuse cells that pyarrow reads. A cell that is
-# never closed is read so far before it counts as bad.
-csv.field_size_limit(4 * BLOCK)
+CHUNK = 100_000  # prompts that are written or checksummed at once
 
 
-def read_prompts(path):
-    """Read the usable prompts of a csv, tsv, txt (one a line), jsonl or parquet file, in UTF-8.
-
-    Tables are read at their column `prompt` in any case, else at their first; other columns are never kept. Prompts
-    are stripped; empty ones and repetitions are dropped, and so are bad rows: broken off, with quotation marks out of
-    place or too few or too many cells, with a NUL or what is not UTF-8 in the prompt. After a bad row, reading goes on
-    at the next line.
-
-    Most tsv files quote nothing, and a cell may begin with a quotation mark: a row of a tsv is a line, its cells
-    unquoted if wholly in quotation marks and else left as they are. Quotation marks hold tabs only where the line would
-    have too many cells, and join lines only if at most one of these has by itself as many cells as the header.
-
-    Returns (list of prompts in the file's order, {"empty": count, "duplicate": count, "bad": line numbers, of parquet
-    row numbers}). Raises UserError if there is no such file, it cannot be read, has no rows, or holds no usable prompt.
-    """
-    check_prompts(path)
+def check_prompts(path: Path | str) -> None:
+    """Raise UserError unless `path` is a file of a format that read_prompts knows, by its name."""
     path = Path(path)
-    distinct, bad, rows, filled = {}, [], 0, 0
-    try:
-        for texts, bad_lines in _read_pieces(path):
-            prompts = list(filter(None, map(str.strip, texts)))
-            distinct.update(dict.fromkeys(prompts))
-            bad += bad_lines
-            rows += len(texts)
-            filled += len(prompts)
-    except (ValueError, TypeError, OSError, csv.Error) as problem:
-        raise UserError(f"{path}: not a readable {path.suffix[1:]} file ({first_line(problem)})") from problem
-    if not rows + len(bad):
-        raise UserError(f"{path}: has no rows; expected one prompt a row")
-    if not distinct:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected one prompt file ({', '.join(SUFFIXES)})")
+    if not path.is_file():
         raise UserError(
-            f"{path}: no usable prompts: {rows} rows are empty and {len(bad)} unreadable; expected UTF-8 text and, in "
-            "a table, a column `prompt`"
+            f"{path}: no such prompt file; expected a csv with a column `prompt` (the paper uses krea.ai's Open "
+            f"Prompts: {command('prompts')}), or any csv, tsv, txt, jsonl or parquet file of your own"
         )
-    return list(distinct), {"empty": rows - filled, "duplicate": filled - len(distinct), "bad": bad}
+    if suffix_of(path) not in SUFFIXES:
+        raise UserError(f"{path}: unknown format for a prompt file; expected one of {', '.join(SUFFIXES)}")
 
 
-def hold_out(prompts, held_out, count):
-    """Split into prompts to train on and at most `count` to look at: the first of `held_out`, else those of `prompts`.
+def read_prompts(path: Path | str) -> tuple[list[str], dict]:
+    """Read the distinct prompts of a file, in its order, with spaces at their ends removed.
 
-    Returns (training prompts, held-out prompts), with none in both. Raises UserError if either would be empty.
+    Returns (prompts, report) with report = {"column": name of the column in use, None where the format has no columns,
+    "empty": count, "duplicate": count, "bad": line numbers (in parquet and json arrays: row numbers, from 1)}. A row is
+    bad if it is cut off, has misplaced quotation marks or too few or too many cells, or if its prompt is not text,
+    holds a NUL or is not valid Unicode. Reading goes on at the line after a bad row.
+
+    Raises UserError, in one line, if the file is missing, cannot be read, or holds no prompts.
     """
-    held_out = (held_out or prompts[: len(prompts) // 2])[:count]
-    apart = set(held_out)
-    prompts = [prompt for prompt in prompts if prompt not in apart]
-    if not prompts or not held_out:
-        raise UserError("no prompts left to train on beside those held out; give more, or others with --val_prompts")
-    return prompts, held_out
+    report = {}
+    return list(_distinct_prompts(path, report)), report
 
 
-def checksum(prompts):
-    """CRC-32 of prompts in their order, without a copy of them all."""
+def describe(path: Path | str, report: dict) -> str:
+    """One line for the user: which column of the prompt file is used, and what was left out."""
+    column = "" if report["column"] is None else f"reading the column `{report['column']}`; "
+    dropped = f"left out {report['empty']} empty, {report['duplicate']} repeated and {len(report['bad'])} bad rows"
+    return f"{path}: {column}{dropped}" + (f", the first bad one at line {report['bad'][0]}" if report["bad"] else "")
+
+
+class PromptFile(Sequence):
+    """Prompts in a memory-mapped file: a sequence of strings that takes no memory of its own.
+
+    All processes that open the same file share its pages. Layout: every prompt in UTF-8 followed by a zero byte; where
+    each begins, and where the last one ends, as int64; the number of prompts as int64.
+    """
+
+    def __init__(self, path: Path | str):
+        self._bytes = np.memmap(path, np.uint8, "r")
+        count = int(self._bytes[-8:].view(np.int64)[0])
+        self._starts = self._bytes[-8 * (count + 2) : -8].view(np.int64)
+
+    def __len__(self):
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        """A prompt, or for a slice a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        index %= len(self)
+        return self._bytes[self._starts[index] : self._starts[index + 1] - 1].tobytes().decode()
+
+    @classmethod
+    def write(cls, path: Path | str, prompts: Iterable[str]) -> "PromptFile":
+        """Write prompts, none with a NUL in it, to `path` as they come, without keeping them, and open that file."""
+        prompts, starts, position = iter(prompts), array("q", [0]), 0
+        with open(path, "wb") as file:
+            while chunk := [prompt.encode() for prompt in islice(prompts, CHUNK)]:
+                for text in chunk:
+                    position += len(text) + 1
+                    starts.append(position)
+                file.write(b"\0".join([*chunk, b""]))
+            file.write(bytes(-position % 8))  # the numbers begin at a multiple of their size
+            starts.tofile(file)
+            array("q", [len(starts) - 1]).tofile(file)
+        return cls(path)
+
+
+def checksum(prompts: Sequence[str]) -> int:
+    """CRC-32 of all prompts in their order, computed a chunk at a time."""
     crc = 0
-    for start in range(0, len(prompts), LINES):
-        crc = crc32("\0".join([*prompts[start : start + LINES], ""]).encode(), crc)
+    for start in range(0, len(prompts), CHUNK):
+        crc = crc32("\0".join([*prompts[start : start + CHUNK], ""]).encode(), crc)
     return crc
 
 
-def check_prompts(path):
-    """Raise UserError unless `path` is a file of a format that read_prompts knows."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such prompt file; training takes a csv with a column `prompt` (in the paper krea.ai's Open "
-            f"Prompts: {command('prompts')}), or any csv, tsv, txt, jsonl or parquet file of yours"
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: unknown format of a prompt file; expected one of {', '.join(SUFFIXES)}")
+def read_training_prompts(
+    path: Path | str, val_path: Path | str | None, val_count: int, file: Path | str
+) -> tuple[PromptFile, list[str], dict[str, dict]]:
+    """Read the prompts of `path` into the new file `file`, except those held out to look at the training's progress.
 
-
-def _read_pieces(path):
-    """Iterate over a file's (texts, line numbers of bad rows), piece by piece."""
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return _table_pieces(path, "," if suffix == ".csv" else "\t")
-    texts = {".txt": _lines, ".jsonl": _json_texts, ".parquet": _parquet_texts}[suffix](path)
-    return iter(lambda: _sift(islice(texts, LINES)), ([], []))
-
-
-def _sift(numbered):
-    """(line number, text or None) … -> (texts, line numbers of those that are none)."""
-    texts, bad = [], []
-    for number, text in numbered:
-        if text is None or "\0" in text or _SURROGATE.search(text):
-            bad.append(number)
-        else:
-            texts.append(text)
-    return texts, bad
-
-
-def _lines(path):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                yield number, None
-
-
-def _json_texts(path):
-    for number, line in _lines(path):
-        if line is None or line.strip():
-            try:
-                record = json.loads(line)
-                yield number, record if isinstance(record, str) else _cell(record[_column(record)])
-            except (ValueError, TypeError, KeyError):
-                yield number, None
-
-
-def _parquet_texts(path):
-    column = _column(pyarrow.parquet.read_schema(path).names)
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(columns=[column])
-    return enumerate((_cell(value) for batch in batches for value in batch[column].to_pylist()), 1)
-
-
-def _table_pieces(path, separator):
-    with open(path, newline="\n", encoding="utf-8-sig", errors="surrogateescape") as text:
-        reader = csv.reader(text, delimiter=separator, strict=True)
-        header = next(filter(None, reader), [])
-    line, data, ended, waiting = reader.line_num, b"", not header, deque()
-    layout = separator, len(header), header.index(_column(header)) if header else 0
-    with open(path, "rb") as file, ThreadPoolExecutor(THREADS) as threads:
-        for _ in range(line):
-            file.readline()
-        while data or not ended:
-            if not ended:
-                more = file.read(BLOCK)
-                ended = not more
-                data += more or b"\n"  # the last row may lack its line break
-            # In a tsv the number of quotation marks says nothing.
-            end = 0 if separator == "\t" and b'"' in data else _end_of_rows(data)
-            if end:
-                waiting.append(threads.submit(_rows, data[:end], line, layout))
-            while waiting and (len(waiting) > THREADS or not end):
-                yield waiting.popleft().result()
-            if not end:
-                texts, bad, end = _any_rows(data, line, layout, ended)
-                yield texts, bad
-            line += int(np.count_nonzero(np.frombuffer(data, np.uint8, end) == ord("\n")))
-            data = data[end:]
-        for rows in waiting:
-            yield rows.result()
-
-
-def _end_of_rows(data):
-    """Where the last line of `data` ends before which quotation marks are even in number, as they are between rows."""
-    end = data.rfind(b"\n") + 1
-    odd = np.count_nonzero(np.frombuffer(data, np.uint8, end) == ord('"')) % 2
-    while odd:
-        line = data.rfind(b"\n", 0, end - 1) + 1
-        odd ^= data.count(b'"', line, end) % 2
-        end = line
-    return end
-
-
-def _rows(data, line, layout):
-    if texts := _clean_rows(data, layout):
-        return texts, []
-    return _any_rows(data, line, layout, ended=True)[:2]
-
-
-def _clean_rows(data, layout):
-    """Read a column of rows, bytes of a table -> texts, or None if any row is bad or in doubt. Faster than _any_rows,
-    and mostly without Python's lock."""
-    separator, width, column = layout
-    codes = np.frombuffer(data, np.uint8)
-    quotes = np.flatnonzero(codes == ord('"'))
-    # Opening marks stand after a separator, closing ones before; within a cell they come in pairs.
-    allowed = np.zeros((2, 256), bool)
-    allowed[:, [ord(separator), ord("\n"), ord('"')]] = allowed[1, ord("\r")] = True
-    clean = allowed[0, codes[quotes[::2] - 1]].all() and allowed[1, codes[quotes[1::2] + 1]].all()
-    if not clean or b"\0" in data or (b"\r" in data and data.count(b"\r") != data.count(b"\r\n")):
-        return None
-    names = [str(number) for number in range(width)]
-    wanted = names[column]
-    try:
-        table = pyarrow.csv.read_csv(
-            pa.py_buffer(data),
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-            pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-            pyarrow.csv.ConvertOptions(include_columns=[wanted], column_types={wanted: pa.large_string()}),
-        )
-    except pa.ArrowInvalid:  # too few or too many cells, or not UTF-8
-        return None
-    texts = table[0].to_pylist()
-    return texts if max(map(len, texts), default=0) <= LONGEST else None
-
-
-def _any_rows(data, line, layout, ended):
-    """Read the rows in `data` one by one. After a bad one, go on at the next line: it may have swallowed others.
-
-    line: number of the line before. Returns (texts of a column, line numbers of bad rows, bytes read); a row that may
-    go on after `data` is left.
+    Held out are the first `val_count` prompts of `val_path`; without it, those of `path`, at most half of them. None
+    of them is trained on. Returns (training prompts, held-out prompts, {path: report as of read_prompts}).
+    Raises UserError as read_prompts does, and if no prompts are left for either.
     """
-    separator, width, column = layout
-    text = data[: data.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
-    lines, found, position = list(io.StringIO(text, newline="\n")), [], 0
-    whole = [separator == "\t" and text.count("\t") == width - 1 for text in lines]  # lines that may be rows
-
-    def following():
-        nonlocal position
-        rows = 0
-        while position < len(lines):
-            rows += whole[position]
-            if rows > 1:
-                return
-            position += 1
-            yield lines[position - 1]
-
-    while position < len(lines):
-        first = position
-        try:
-            row = next(csv.reader(following(), delimiter=separator, strict=True))
-        except csv.Error:
-            row = None
-            if position == len(lines) and not ended:
-                position = first
-                break
-        if whole[first] and (row is None or len(row) not in (0, width)):
-            row, position = list(map(_unquoted, lines[first].rstrip("\r\n").split("\t"))), first + 1
-        if row and len(row) == width and len(row[column]) <= LONGEST:
-            found.append((line + first + 1, row[column]))
-        elif row != []:
-            found.append((line + first + 1, None))
-            position = first + 1
-    return *_sift(found), len("".join(lines[:position]).encode("utf-8", "surrogateescape"))
+    reports = {str(path): {}}
+    prompts = _distinct_prompts(path, reports[str(path)])
+    if val_path:
+        held_out, reports[str(val_path)] = read_prompts(val_path)
+        held_out = held_out[:val_count]
+        apart = set(held_out)
+        rest = (prompt for prompt in prompts if prompt not in apart)
+    else:
+        first = list(islice(prompts, 2 * val_count))
+        held_out = first[: len(first) // 2]
+        rest = chain(first[len(held_out) :], prompts)
+    training = PromptFile.write(file, rest)
+    if not training or not held_out:
+        raise UserError(
+            f"{path}: {len(training)} prompts to train on and {len(held_out)} held out; both need at least one: use a "
+            "file with more prompts, or hold out others with --val_prompts"
+        )
+    return training, held_out, reports
 
 
-def _unquoted(cell):
-    inside = cell[1:-1]
-    return inside.replace('""', '"') if cell == f'"{inside}"' and '"' not in inside.replace('""', "") else cell
-
-
-def _column(names):
-    names = list(names)
-    return next((name for name in names if str(name).strip().lower() == "prompt"), names[0] if names else None)
-
-
-def _cell(value):
-    return "" if value is None else str(value)
+def _distinct_prompts(path: Path | str, report: dict) -> Iterator[str]:
+    """Yield each prompt of a file once, keeping only 16 bytes of each; fill `report` meanwhile, see read_prompts."""
+    check_prompts(path)
+    column, pieces = open_prompts(Path(path))
+    report |= {"column": column, "empty": 0, "duplicate": 0, "bad": []}
+    seen, rows = set(), 0
+    for texts, bad_lines in pieces:
+        report["bad"] += bad_lines
+        rows += len(texts)
+        for text in texts:
+            if not (prompt := text.strip()):
+                report["empty"] += 1
+                continue
+            digest = blake2b(prompt.encode(), digest_size=16).digest()
+            if digest in seen:
+                report["duplicate"] += 1
+                continue
+            seen.add(digest)
+            yield prompt
+    if not rows + len(report["bad"]):
+        raise UserError(f"{path}: has no rows; expected one prompt per row")
+    if not seen:
+        raise UserError(
+            f"{path}: no usable prompts: {report['empty']} rows are empty and {len(report['bad'])} unreadable; "
+            "expected UTF-8 text and, in a table, a column `prompt`"
+        )

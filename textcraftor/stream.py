@@ -1,35 +1,79 @@
-"""The endless seeded stream of prompts and noise that training draws from."""
+"""The prompts and noise of every training step: an endless stream of samples, fixed by the seed alone."""
 
 import functools
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from textcraftor.errors import UserError
+from textcraftor.prompts import PromptFile, checksum, read_training_prompts
 from textcraftor.sampling import prompt_noise
 
 
-class PromptStream(Dataset):
-    """Sample n of training for every n ≥ 0: a prompt, all of them in a fresh seeded order each epoch, and its noise.
+def share_prompts(
+    accelerator: Accelerator, path: Path | str, val_path: Path | str | None, val_count: int
+) -> tuple[PromptFile, list[str], dict[str, dict]]:
+    """Read the prompts as read_training_prompts does, in one process per node; the others map the file it writes.
 
-    Depends on (prompts, seed, n) alone: neither batch size, processes, workers nor a resume changes a sample.
+    The file lies in the node's temporary folder (TMPDIR) and is removed as soon as all processes have mapped it. Every
+    process must call this. Raises the same UserError in every process if the prompts cannot be read on one node, or if
+    two nodes read different prompts.
     """
+    reads = accelerator.is_local_main_process
+    with TemporaryDirectory(prefix="textcraftor-", ignore_cleanup_errors=True) if reads else nullcontext() as folder:
+        mine = None
+        if reads:
+            file = os.path.join(folder, "prompts")
+            try:
+                prompts, held_out, reports = read_training_prompts(path, val_path, val_count, file)
+                mine = file, checksum(prompts), held_out, reports
+            except UserError as problem:
+                mine = problem
+            except OSError as problem:
+                mine = UserError(
+                    f"{folder}: no room for the prompts ({problem.strerror}); set TMPDIR to another folder"
+                )
+        answers = gather_object([mine])
+        if problem := next((answer for answer in answers if isinstance(answer, UserError)), None):
+            raise problem
+        if len({answer[1] for answer in answers if answer}) > 1:
+            raise UserError(f"{path}: the nodes read different prompts from it; give every node the same file")
+        file, _, held_out, reports = answers[accelerator.process_index - accelerator.local_process_index]
+        prompts = PromptFile(file)
+        accelerator.wait_for_everyone()
+    return prompts, held_out, reports
 
-    def __init__(self, prompts, seed, shape):
-        self.prompts, self.seed, self.shape = prompts, seed, shape
 
-    def __getitem__(self, n):
-        epoch, position = divmod(n, len(self.prompts))
-        prompt = self.prompts[_order(len(self.prompts), self.seed, epoch)[position]]
-        return {"prompt": prompt, "noise": prompt_noise(self.seed, [n], self.shape)[0]}
+def training_batch(
+    prompts: Sequence[str], seed: int, shape: tuple[int, ...], numbers: Sequence[int]
+) -> tuple[list[str], torch.Tensor]:
+    """Training samples by their numbers (any n >= 0): B prompts and their noise (B, *shape), fp32, on the CPU.
+
+    Every epoch shows each prompt once, in a new random order. Sample n depends on (prompts, seed, n) alone, so batch
+    size, number of processes and resuming never change it.
+    """
+    places = [divmod(n, len(prompts)) for n in numbers]
+    batch = [prompts[int(_order(len(prompts), seed, epoch)[position])] for epoch, position in places]
+    return batch, prompt_noise(seed, numbers, shape)
 
 
-@functools.lru_cache(maxsize=2)
+def batch_numbers(micro_batch: int, batch_size: int, process: int, processes: int) -> range:
+    """Numbers of the samples that `process` takes in a micro-batch, counted from 0 over the whole training.
+
+    With gradient accumulation over A micro-batches, step s (counted from 1) has the micro-batches (s - 1) * A + 0 ...
+    A - 1. Together the processes take the samples that one process would take with batch_size * processes.
+    """
+    start = (micro_batch * processes + process) * batch_size
+    return range(start, start + batch_size)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(count, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def batches(first_step, last_step, batch_size, rank, processes):
-    """Sample numbers of process `rank` in each step first_step … last_step − 1: its slice of the global batch."""
-    for step in range(first_step, last_step):
-        start = (step * processes + rank) * batch_size
-        yield list(range(start, start + batch_size))
