@@ -281,7 +281,7 @@ def main(argv=None):
             write_weights("_best")
         if is_main and args.sample_every:
             path = output / "samples" / f"step_{step:06d}.png"
-            pictures.sample_grid(images, held_out[:count], scores, step, path)
+            pictures.save(pictures.sample_grid(images, held_out[:count], scores, step), path)
         return scores, images
 
     # Before training: the first look is kept on disk for the comparison at the end, also of a resumed run.

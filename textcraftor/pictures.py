@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import textwrap
 from pathlib import Path
 
@@ -13,19 +12,21 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from textcraftor.files import write_whole
+
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 MARGIN, LINE = 12, 18  # pixels
 CURVE_WINDOW = 20  # steps that the thick line averages
 
 
-def sample_grid(images, prompts, scores, step, path):
-    """Images (N, 3, H, W) uint8, each over its prompt and total, the means of the scores in the title.
+def sample_grid(images, prompts, scores, step):
+    """A PIL image of the sampled images, each above its prompt and total score; the title has the mean scores.
 
-    scores: {name: (M,)} of the M >= N prompts, among them "total".
+    images: (N, 3, H, W) uint8; prompts: M >= N; scores: {name: (M,)}, one of them "total".
     """
     notes = [f"total {score:.2f}" for score in scores["total"]]
     means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
-    _grid([[image] for image in images], prompts, notes, f"step {step} · {means}", path)
+    return _grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
 
 
 def before_after_grid(before, after, prompts, tuned, path):
@@ -37,10 +38,10 @@ def before_after_grid(before, after, prompts, tuned, path):
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
     means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
     title = f"before (left) and after {tuned} (right) · {means}"
-    _grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title, path)
+    save(_grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
 
 
-def _grid(groups, prompts, notes, title, path):
+def _grid(groups, prompts, notes, title):
     """Cells of images side by side over a prompt and a note; small images are enlarged to 192 pixels or more.
 
     There may be more prompts and notes than groups of images.
@@ -72,10 +73,13 @@ def _grid(groups, prompts, notes, title, path):
             image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.BICUBIC)
             page.paste(image, (x + number * (width + 4), y))
         draw.multiline_text((x, y + height + 4), "\n".join(text), "black", small)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = f"{path}.tmp"
-    page.save(unfinished, "PNG")
-    os.replace(unfinished, path)
+    return page
+
+
+def save(picture, path):
+    """Write a PIL image as a PNG file, whole or not at all."""
+    with write_whole(path) as unfinished:
+        picture.save(unfinished, "PNG")
 
 
 def _wrap(prompt, letters, most=4):
@@ -115,10 +119,9 @@ def reward_curves(rows, trained, monitors, path):
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=8)
-    unfinished = f"{path}.tmp"
-    figure.savefig(unfinished, format="png", dpi=130)
+    with write_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
-    os.replace(unfinished, path)
 
 
 def difference_plot(records, runs, kind="png"):
