@@ -65,8 +65,8 @@ def write_comparison(args, runs):
     from textcraftor.benchmark.results import write_whole
     from textcraftor.comparison.report import METHOD, comparison_tables, write_report
     from textcraftor.comparison.runs import notes, pair, settings_table
-    from textcraftor.comparison.statistics import compare_groups
     from textcraftor.pictures import difference_plot
+    from textcraftor.statistics import compare_groups
 
     columns, keys = pair(runs)
     first = [runs[0].rows[key] for key in keys]

@@ -17,11 +17,10 @@ from compare import main
 from textcraftor.benchmark.program import evaluate
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.benchmark.results import Table
-from textcraftor.comparison import statistics as comparison
 from textcraftor.comparison import votes
 from textcraftor.comparison.runs import comparison_hash, read_runs
-from textcraftor.comparison.statistics import bootstrap_interval, compare_groups, paired, wilson_interval
 from textcraftor.errors import UserError
+from textcraftor.statistics import wilson_interval
 
 HOSTILE = '</script><script>alert(1)</script> {{title}} <img src="https://example.com/x.png"> "quoted" & ünï'
 SETTINGS = {"benchmark": "PartiPrompts", "prompts (sha256)": "p" * 64, "hps_version": "2.0", "seed": 2023}
@@ -68,74 +67,6 @@ def picture(uri):
     kind, content = uri.split(";base64,")
     assert kind in ("data:image/webp", "data:image/jpeg")
     return Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
-
-
-# Statistics
-
-
-@pytest.mark.parametrize("at_once", [2**20, 21])
-def test_the_bootstrap_is_that_of_a_plain_loop(monkeypatch, at_once):
-    values = np.random.default_rng(1).normal(size=(7, 2))
-    monkeypatch.setattr(comparison, "DRAWN_AT_ONCE", at_once)
-    generator = np.random.default_rng(5)
-    means = []
-    for _ in range(300):
-        drawn = [values[generator.integers(7)] for _ in range(7)]
-        means.append(sum(drawn) / 7)
-    expected = [[np.quantile([mean[k] for mean in means], q) for q in (0.025, 0.975)] for k in range(2)]
-    # A scalar takes the generator's bits one by one, an array too: the same resamples.
-    np.testing.assert_allclose(bootstrap_interval(values, 5, 300), expected, rtol=1e-12)
-
-
-def test_the_bootstrap_has_its_normal_limit_and_its_coverage():
-    values = np.random.default_rng(2).exponential(3, size=(4000, 1))
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    expected = [[values.mean() - half, values.mean() + half]]
-    np.testing.assert_allclose(bootstrap_interval(values, 0), expected, atol=0.06 * half)
-    held = 0
-    for trial in range(300):
-        low, high = bootstrap_interval(np.random.default_rng(trial).normal(1, 2, (40, 1)), trial, 500)[0]
-        held += low < 1 < high
-    assert 0.90 < held / 300 < 0.98  # 0.94 expected of a percentile interval of 40; standard error 0.014
-
-
-def test_pairs_stay_pairs():
-    first = np.random.default_rng(3).normal(0, 100, (50, 1))
-    found = paired(first, first + 0.25, 0)
-    np.testing.assert_allclose([found["low"], found["high"]], 0.25, atol=1e-12)
-    assert found["win_rate"] == 1 and found["wins"] == 50
-
-
-def test_wilsons_interval():
-    # Newcombe, Statistics in Medicine 1998, table I, method 3.
-    for hits, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
-                                   (1, 29, 0.0061, 0.1718)):  # fmt: skip
-        np.testing.assert_allclose(wilson_interval(hits / count, count), [low, high], atol=6e-5)
-    assert np.isnan(wilson_interval(np.nan, 0)).all()
-
-
-def test_ties_count_half():
-    found = paired(np.zeros((5, 1)), np.array([[1.0], [2], [0], [0], [-1]]), 0)
-    assert [found[name].item() for name in ("wins", "ties", "losses", "win_rate")] == [2, 2, 1, 0.6]
-    assert found["difference"] == 0.4
-
-
-def test_groups_are_compared_among_themselves():
-    scores = np.random.default_rng(4).normal(size=(3, 30, 2))
-    kinds = ["one"] + ["x", "y"] * 14 + ["x"]
-    records = compare_groups(scores, ["clip", "hps"], {"category": kinds}, 7)
-    assert len(records) == 2 * (1 + 3) * 2
-    frame = pd.DataFrame({"kind": kinds, "gain": scores[2, :, 1] - scores[0, :, 1]}).groupby("kind")["gain"]
-    for record in records:
-        if record["run"] == 2 and record["score"] == "hps" and record["by"] == "category":
-            assert record["difference"] == pytest.approx(frame.mean()[record["group"]])
-            assert record["win_rate"] == pytest.approx((frame.get_group(record["group"]) > 0).mean())
-            assert record["prompts"] == frame.size()[record["group"]]
-            if record["group"] == "one":
-                assert record["low"] is record["high"] is None
-            else:
-                values = frame.get_group(record["group"]).to_numpy()[:, None]
-                assert record["low"] == pytest.approx(bootstrap_interval(values, 7)[0, 0])
 
 
 # Runs

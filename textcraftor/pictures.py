@@ -2,30 +2,32 @@
 
 import io
 import math
-import os
-import textwrap
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-MARGIN, LINE = 12, 18  # pixels
+from textcraftor.files import write_whole
+from textcraftor.fonts import draw_text, plot_families, plot_text, wrap
+
+# All in pixels.
+MARGIN, GAP = 12, 4  # around cells; between the images of one cell
+TEXT, LINE, TITLE = 13, 18, 17  # font size and line height of captions, font size of the title
+SMALLEST = 192  # images with a shorter side are enlarged, by a whole factor
 CURVE_WINDOW = 20  # steps that the thick line averages
 
 
-def sample_grid(images, prompts, scores, step, path):
-    """Images (N, 3, H, W) uint8, each over its prompt and total, the means of the scores in the title.
+def sample_grid(images, prompts, scores, step):
+    """A PIL image of the sampled images, each above its prompt and total score; the title has the mean scores.
 
-    scores: {name: (M,)} of the M >= N prompts, among them "total".
+    images: (N, 3, H, W) uint8; prompts: M >= N; scores: {name: (M,)}, one of them "total".
     """
     notes = [f"total {score:.2f}" for score in scores["total"]]
     means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
-    _grid([[image] for image in images], prompts, notes, f"step {step} · {means}", path)
+    return _grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
 
 
 def before_after_grid(before, after, prompts, tuned, path):
@@ -37,51 +39,55 @@ def before_after_grid(before, after, prompts, tuned, path):
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
     means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
     title = f"before (left) and after {tuned} (right) · {means}"
-    _grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title, path)
+    save(_grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
 
 
-def _grid(groups, prompts, notes, title, path):
-    """Cells of images side by side over a prompt and a note; small images are enlarged to 192 pixels or more.
+def _grid(groups, prompts, notes, title):
+    """A page of cells, each with images side by side above a prompt and a note.
 
-    There may be more prompts and notes than groups of images.
+    groups: one sequence of (3, H, W) uint8 images per cell; there may be more prompts and notes than groups.
     """
-    height, width = groups[0][0].shape[-2:]
-    zoom = max(1, math.ceil(192 / height))
-    height, width, many = height * zoom, width * zoom, len(groups[0])
-    cell = many * width + (many - 1) * 4
-    count = len(groups)
-    # A page about twice as wide as high, with few empty cells.
-    columns = min(
-        range(1, count + 1),
-        key=lambda c: abs(math.log(c * cell / (math.ceil(count / c) * (height + 90)) / 2)) + -count % c / count,
-    )
-    small, large = ImageFont.truetype(FONT, 13), ImageFont.truetype(FONT, 17)
-    letters = max(12, int(cell / small.getlength("n")))
-    texts = [[*_wrap(prompt, letters), note] for prompt, note in zip(prompts, notes, strict=True)][:count]
-    heading = textwrap.wrap(title, int(columns * (cell + MARGIN) / large.getlength("n")))
+    pixels = groups[0][0].shape[-2:]
+    zoom = max(1, math.ceil(SMALLEST / min(pixels)))
+    height, width = (side * zoom for side in pixels)
+    cell = len(groups[0]) * (width + GAP) - GAP
+    columns = _columns(len(groups), cell, height + 90)
+    texts = [
+        [*wrap(prompt, TEXT, cell, most=4), note]
+        for prompt, note in zip(prompts[: len(groups)], notes[: len(groups)], strict=True)
+    ]
+    heading = wrap(title, TITLE, columns * (cell + MARGIN) - MARGIN)
     top = MARGIN + len(heading) * 24
     row_height = height + max(map(len, texts)) * LINE + 2 * MARGIN
-    rows = math.ceil(count / columns)
+    rows = math.ceil(len(groups) / columns)
     page = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, top + rows * row_height + MARGIN), "white")
-    draw = ImageDraw.Draw(page)
-    draw.multiline_text((MARGIN, MARGIN), "\n".join(heading), "black", large)
+    for number, line in enumerate(heading):
+        draw_text(page, (MARGIN, MARGIN + 17 + 24 * number), line, TITLE)
     for index, (group, text) in enumerate(zip(groups, texts, strict=True)):
         x = MARGIN + index % columns * (cell + MARGIN)
         y = top + MARGIN + index // columns * row_height
-        for number, pixels in enumerate(group):
-            image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.BICUBIC)
-            page.paste(image, (x + number * (width + 4), y))
-        draw.multiline_text((x, y + height + 4), "\n".join(text), "black", small)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = f"{path}.tmp"
-    page.save(unfinished, "PNG")
-    os.replace(unfinished, path)
+        for number, image in enumerate(group):
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.BICUBIC)
+            page.paste(picture, (x + number * (width + GAP), y))
+        for number, line in enumerate(text):
+            draw_text(page, (x, y + height + 4 + 13 + LINE * number), line, TEXT)
+    return page
 
 
-def _wrap(prompt, letters, most=4):
-    """The prompt folded to `letters` a line; one of more than `most` lines ends with an ellipsis."""
-    lines = [line for part in prompt.splitlines() for line in textwrap.wrap(part, letters)]
-    return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][: letters - 2]} …"]
+def _columns(count, width, height):
+    """Columns for `count` cells that make a page about twice as wide as high, with few empty cells."""
+
+    def badness(columns):
+        rows = math.ceil(count / columns)
+        return abs(math.log(columns * width / (rows * height) / 2)) + (columns * rows - count) / count
+
+    return min(range(1, count + 1), key=badness)
+
+
+def save(picture, path):
+    """Write a PIL image as a PNG file, whole or not at all."""
+    with write_whole(path) as unfinished:
+        picture.save(unfinished, "PNG")
 
 
 def reward_curves(rows, trained, monitors, path):
@@ -115,10 +121,9 @@ def reward_curves(rows, trained, monitors, path):
     for axis in list(axes.flat)[len(names) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=8)
-    unfinished = f"{path}.tmp"
-    figure.savefig(unfinished, format="png", dpi=130)
+    with write_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
     plt.close(figure)
-    os.replace(unfinished, path)
 
 
 def difference_plot(records, runs, kind="png"):
@@ -131,8 +136,14 @@ def difference_plot(records, runs, kind="png"):
     kinds = list(dict.fromkeys(by for by, _ in groups))
     places = {group: i + 0.7 * kinds.index(group[0]) for i, group in enumerate(groups)}  # a gap between kinds
     size = (2.2 + 2.9 * len(scores), 1.5 + 0.3 * max(places.values()) + 0.3 * (len(runs) > 2))
-    names = {"text.parse_math": False, "svg.hashsalt": ""}  # a name may hold dollar signs; the same file every time
-    with plt.rc_context(names):
+    labels = [*runs, *scores, *(group for _, group in groups)]
+    style = {
+        "text.parse_math": False,  # a name may hold dollar signs
+        "svg.hashsalt": "",  # the same file every time
+        "font.family": plot_families(labels),
+    }
+    runs = [plot_text(run) for run in runs]
+    with plt.rc_context(style):
         figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, squeeze=False, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1)
         for axis, score in zip(axes[0], scores, strict=True):
@@ -145,13 +156,15 @@ def difference_plot(records, runs, kind="png"):
                     axis.plot([record["low"], record["high"]], [place, place], color=f"C{run - 1}", linewidth=1.6)
                 axis.plot([record["difference"] for record in mine], y, "o", color=f"C{run - 1}", markersize=4.5)
             axis.axvline(0, color="0.35", linewidth=0.9)
-            axis.set_title(score, fontsize=11)
+            axis.set_title(plot_text(score), fontsize=11)
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.grid(axis="x", alpha=0.25)
             axis.tick_params(axis="y", length=0)
             axis.spines[["top", "right", "left"]].set_visible(False)
         counts = {(record["by"], record["group"]): record["prompts"] for record in records}
-        axes[0][0].set_yticks(list(places.values()), [f"{group} ({counts[by, group]})" for by, group in groups])
+        axes[0][0].set_yticks(
+            list(places.values()), [f"{plot_text(group)} ({counts[by, group]})" for by, group in groups]
+        )
         axes[0][0].set_ylim(max(places.values()) + 0.7, -0.7)
         other = runs[1] if len(runs) == 2 else "each run"
         figure.supxlabel(f"{other} − {runs[0]}\nmean difference, 95 % interval", fontsize=10)

@@ -13,8 +13,8 @@ import numpy as np
 
 from textcraftor.comparison.pages import BLOCK, embed_json, image_blocks, write_page
 from textcraftor.comparison.runs import comparison_hash
-from textcraftor.comparison.statistics import wilson_interval
 from textcraftor.errors import UserError, first_line
+from textcraftor.statistics import wilson_interval
 
 SHARE_OF_B = {"A": 0.0, "tie": 0.5, "B": 1.0}
 
