@@ -4,8 +4,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 
-from textcraftor.checkpoints import save_tensors
 from textcraftor.sampling import prompt_noise
+from textcraftor.weight_files import save_tensors
 
 TEST_GRAD_STEPS = 15  # at test time the tuned encoder drives this many last steps (of 25)
 NOISE_SEED = 2023  # fixed, so that runs with different --seed are compared on the same noise
