@@ -53,11 +53,11 @@ from textcraftor.hashes import file_hash, weights_hash
 from textcraftor.interrupts import Stopped, raise_if_stopped, stop_signals
 from textcraftor.models import check_model, latent_shape, load_model, make_networks, quiet_libraries
 from textcraftor.precision import PRECISIONS, choose_precision
-from textcraftor.prompts import check_prompts, read_training_prompts, share_prompts
+from textcraftor.prompts import check_prompts, checksum, describe
 from textcraftor.run_folder import Record, read_options
 from textcraftor.sampling import make_images, make_scheduler
 from textcraftor.statistics import paired_table
-from textcraftor.stream import batch_numbers, training_batch
+from textcraftor.stream import batch_numbers, share_prompts, training_batch
 from textcraftor.trackers import log_picture, start_trackers
 from textcraftor.validation import load_look, save_look, validate, validation_noise
 from textcraftor.weight_files import check_text_encoder, load_text_encoder, load_unet, save_text_encoder, save_unet
@@ -92,19 +92,22 @@ def main(argv=None):
     set_seed(args.seed % 2**32)  # for users' own rewards; the order of prompts and the noise use the whole seed
 
     # Prompts.
-    read = partial(read_training_prompts, args.prompts, args.val_prompts, args.val_count)
-    prompts, held_out, report = share_prompts(accelerator, read)
+    prompts, held_out, reports = share_prompts(accelerator, args.prompts, args.val_prompts, args.val_count)
     global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
-    say(f"{report.text} {last_step} steps of {global_batch} images on {device}, {args.mixed_precision} ({why}).")
+    for path, report in reports.items():
+        say(describe(path, report))
+    say(f"{len(prompts)} prompts to train on, {len(held_out)} held out.")
+    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
 
     # Model. What is frozen is kept and computed in low precision; what trains is fp32, under autocast.
     model = load_model(args.model)
     text_encoder = copy.deepcopy(model.text_encoder) if args.lr_text or args.text_path else model.text_encoder
     if args.text_path:
         load_text_encoder(text_encoder, args.text_path)
-    content = {"training prompts": report.checksum, "held-out prompts": report.held_out_checksum}
+    content = {}
     if is_main:
+        content |= {"training prompts": checksum(prompts), "held-out prompts": checksum(held_out)}
         content |= {"model": [weights_hash(network) for network in model[1:4]], "text_path": weights_hash(text_encoder)}
         content |= {spec.rpartition(":")[2]: file_hash(spec.rpartition(":")[0]) for spec in functions}
     model.text_encoder.to(device, low_precision)
@@ -163,7 +166,51 @@ def main(argv=None):
         checkpoints.check_disk(output, trained, args.keep_checkpoints)
         record.start(options)
         record.add({"step": 0})
-    if is_main and report.bad_rows:
+    bad_rows = [f"{path}: line {number}\n" for path, report in reports.items() for number in report["bad"]]
+    if is_main and bad_rows:
         with write_whole(output / "bad_rows.txt") as file:
-            file.write_text("\n".join(report.bad_rows) + "\n", encoding="utf-8")
+            file.write_text("".join(bad_rows), encoding="utf-8")
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
+
+    # Train. A signal to stop raises Stopped at the next safe point, and the state is all that is saved then.
+    draw = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
+    recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
+    draw_training = partial(draw, tuned_steps=args.grad_steps, **recompute)
+    draw_test = partial(draw, tuned_steps=min(args.step, TEST_TUNED_STEPS))
+    before_path, after, done = output / "resume" / "before.safetensors", None, first_step
+    bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
+
+    def save(step):
+        epoch = (step * global_batch - 1) // len(prompts) if step else 0
+        checkpoints.save_checkpoint(accelerator, trained, output, step, epoch, args.keep_checkpoints)
+
+    with stop_signals() as received, bar:
+        check_stop = partial(raise_if_stopped, accelerator, received)
+
+        def look(step, count, save_best):
+            """Validate on `count` held-out prompts: pictures, the best weights, and the last row's val_ columns."""
+
+            def make(batch, indices):
+                return draw_test(batch, validation_noise(indices, shape))
+
+            found = validate(
+                accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID, between=check_stop
+            )
+            scores, images = found
+            means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
+            if save_best and means["val_total"] > record.best("val_total"):
+                checkpoints.save_weights(accelerator, trained, output, "_best")
+            if is_main and args.sample_every:
+                picture = pictures.sample_grid(images, held_out[:count], scores, step)
+                with write_whole(output / "samples" / f"step_{step:06d}.png") as file:
+                    picture.save(file)
+                log_picture(accelerator, "held-out prompts", picture, step)
+            if save_best and is_main:
+                if step == 0:  # kept on disk for the comparison at the end, also of a resumed run
+                    save_look(scores, images, before_path)
+                record.amend(means)
+                say(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in scores.items()))
+            return found
+
+        def is_validated(step):
+            return step in (0, last_step) or (args.val_every and step % args.val_every == 0)

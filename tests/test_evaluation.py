@@ -31,9 +31,9 @@ from textcraftor.benchmark.program import evaluate, parse_arguments, start_worke
 from textcraftor.benchmark.prompt_lists import HPSV2, PARTI
 from textcraftor.benchmark.results import Table, style_scores, summarize
 from textcraftor.benchmark.scores import score_files, weights_hash, whole_view
-from textcraftor.checkpoints import save_text_encoder
 from textcraftor.errors import UserError
 from textcraftor.models import load_model
+from textcraftor.weight_files import save_text_encoder
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["clip", "aesthetic", "pickscore", "hps_v2.0"]

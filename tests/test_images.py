@@ -7,21 +7,18 @@ import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
 
 from textcraftor.benchmark.images import (
     check_steps,
-    check_tuned,
     generate,
     load_pipeline,
-    load_tuned,
     switch_embeddings,
 )
-from textcraftor.checkpoints import load_text_encoder, save_text_encoder, save_unet
 from textcraftor.errors import UserError
 from textcraftor.models import embed_prompts, encode_prompts, load_model
 from textcraftor.options import SCHEDULERS
 from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.weight_files import check_text_encoder, load_text_encoder, save_text_encoder, save_unet
 
 PROMPTS = ["a red fox", "two apples on a table", "snow"]
 INDICES = [0, 7, 3]
@@ -165,7 +162,8 @@ def test_tuned_weights_come_in_every_form(stable_diffusion, tuned_path, tmp_path
     state = {f"module.text_model.{key.removeprefix('text_model.')}": value for key, value in tuned.state_dict().items()}
     torch.save(state, tmp_path / "paper.pth")
     for path in (tuned_path, tmp_path / "paper.pth", tmp_path / "transformers", tmp_path / "diffusers"):
-        encoder = load_tuned(copy.deepcopy(original), str(path), CLIPTextModel, "text_encoder", load_text_encoder)
+        encoder = copy.deepcopy(original)
+        load_text_encoder(encoder, str(path))
         for name, weight in encoder.state_dict().items():
             assert torch.equal(weight, tuned.state_dict()[name]), (path, name)
 
@@ -195,8 +193,8 @@ def test_tuned_weights_that_do_not_fit_are_refused(stable_diffusion, tuned_path,
         load_pipeline(str(stable_diffusion), "DDIM", T, text_path=str(tmp_path / "lacking"))
     for path in ("checkpoints/none.pth", "./none", "/none", "a/b/c"):
         with pytest.raises(UserError, match="no such weights"):
-            check_tuned(path)
-    check_tuned("somebody/model")
+            check_text_encoder(path)
+    check_text_encoder("somebody/model")
 
 
 def test_a_number_of_steps_that_the_pipeline_would_change_is_refused():

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from textcraftor.checkpoints import fill_text_encoder
 from textcraftor.downloads import command
 from textcraftor.embeddings import Conditions, encode_prompts
 from textcraftor.errors import UserError, first_line
+from textcraftor.weight_files import fill_text_encoder
 from textcraftor.weights import load_strictly, read_weights
 
 NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}

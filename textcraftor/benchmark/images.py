@@ -1,21 +1,18 @@
 """Images by the stock diffusers pipeline, its text embeddings switched from original to tuned in mid-run."""
 
 import copy
-from pathlib import Path
 from threading import Lock
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from diffusers import StableDiffusionPipeline
 
-from textcraftor.checkpoints import load_text_encoder, load_unet
-from textcraftor.errors import UserError, first_line
+from textcraftor.errors import UserError
 from textcraftor.models import load_model
 from textcraftor.options import SCHEDULERS
 from textcraftor.sampling import make_scheduler, prompt_noise
-from textcraftor.weights import load_strictly
+from textcraftor.weight_files import load_text_encoder, load_unet
 
 _encoding = Lock()  # tokenizers keep settings of the call at work: one thread at a time
 
@@ -43,14 +40,15 @@ def new_scheduler(name, config, steps):
 def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
     """A StableDiffusionPipeline of `model`, see load_model -> (pipeline, tuned text encoder or the original again).
 
-    text_path, unet_path: tuned weights, see load_tuned. All networks are fp32, frozen, on the CPU.
+    text_path, unet_path: tuned weights, see textcraftor.weight_files. All networks are fp32, frozen, on the CPU.
     """
     tokenizer, text_encoder, unet, vae, config = load_model(model)
     tuned = text_encoder
     if text_path:
-        tuned = load_tuned(copy.deepcopy(text_encoder), text_path, CLIPTextModel, "text_encoder", load_text_encoder)
+        tuned = copy.deepcopy(text_encoder)
+        load_text_encoder(tuned, text_path)
     if unet_path:
-        load_tuned(unet, unet_path, UNet2DConditionModel, "unet", load_unet)
+        load_unet(unet, unet_path)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, None, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
@@ -58,42 +56,6 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
     pipeline.register_modules(scheduler=new_scheduler(scheduler, config, steps))  # the constructor would change it
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, tuned
-
-
-def load_tuned(network, path, kind, part, load_file):
-    """Fill `network`, of class `kind`, with tuned weights, strictly, in place, and return it.
-
-    path: a file for load_file(network, path) (our safetensors, the paper's .pth), or the folder or hub id of a whole
-    model that has them in its `part`/, or of a `kind` alone. Raises UserError if it cannot be loaded or does not fit.
-    """
-    if Path(path).is_file():
-        load_file(network, path)
-        return network
-    is_folder = Path(path).is_dir()
-    subfolders = [part if (Path(path) / part).is_dir() else ""] if is_folder else [part, ""]
-    problems = []
-    for subfolder in subfolders:
-        try:
-            found, info = kind.from_pretrained(
-                path, subfolder=subfolder, local_files_only=is_folder, output_loading_info=True
-            )
-        except Exception as problem:  # of the hub's client, safetensors, json, and configurations
-            problems.append(first_line(problem))
-            continue
-        if info["missing_keys"]:  # which the library fills at random
-            raise UserError(f"{path}: its {part} lacks {sorted(info['missing_keys'])[0]} and perhaps more")
-        load_strictly(network, found.float().state_dict(), path)
-        return network
-    raise UserError(
-        f"{path}: expected a weight file, a folder or a hub id with a {kind.__name__} ({'; '.join(problems)})"
-    )
-
-
-def check_tuned(path):
-    """Raise UserError if `path` is no file, no folder, and no name that could be a hub id."""
-    where = Path(path)
-    if not where.exists() and (where.suffix or str(path).startswith((".", "/")) or str(path).count("/") != 1):
-        raise UserError(f"{path}: no such weights; expected a .safetensors or .pth file, a folder, or a hub id")
 
 
 def switch_embeddings(embeddings, grad_steps):

@@ -68,14 +68,16 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     from accelerate import Accelerator
 
     from rewards import hpsv2
-    from textcraftor.benchmark.images import check_steps, check_tuned
+    from textcraftor.benchmark.images import check_steps
     from textcraftor.benchmark.scores import check_scorers, load_scorers, weights_hash, whole_view
     from textcraftor.models import check_model, quiet_libraries
+    from textcraftor.weight_files import check_text_encoder, check_unet
 
     checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
     if not args.score_only:
         checks += [(check_model, args.model), (check_steps, args.scheduler, args.step)]
-        checks += [(check_tuned, path) for path in (args.text_path, args.unet_path) if path]
+        checks += [(check_text_encoder, args.text_path)] if args.text_path else []
+        checks += [(check_unet, args.unet_path)] if args.unet_path else []
     check_all(checks)
     if to_fetch:
         benchmark.fetch(Path(args.prompts))
