@@ -19,10 +19,12 @@ import copy
 import math
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, TEST_TUNED_STEPS, check_all
@@ -135,7 +137,9 @@ def main(argv=None):
         trained.append(checkpoints.Trained("tc_unet", model.unet, args.lr_unet, save_unet, load_unet))
     if accelerator.is_fsdp2:
         model.unet.to(memory_format=torch.contiguous_format)  # FSDP splits no other format
-    groups = [{"params": list(part.network.requires_grad_().parameters()), "lr": part.learning_rate} for part in trained]
+    groups = [
+        {"params": list(part.network.requires_grad_().parameters()), "lr": part.learning_rate} for part in trained
+    ]
     *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
     by_name = {part.name: part.network for part in trained}
@@ -149,7 +153,8 @@ def main(argv=None):
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
     columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored")}
-    options |= {"images per step": global_batch, "reward weights": {spec.rpartition(":")[2]: w for spec, w in args.weighted.items()}}
+    own_weights = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
+    options |= {"images per step": global_batch, "reward weights": own_weights}
     options |= {"last step": last_step} if args.lr_scheduler != "constant_with_warmup" else {}
     options |= {"content": content, "tracker run": secrets.token_hex(4)}
     compared = [name for name in options if name not in FREE_ON_RESUME | {"tracker run"}]
@@ -158,11 +163,10 @@ def main(argv=None):
     if args.resume:
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
         last_step = max(first_step, last_step)
-        if is_main:
-            record.resume(options, compared, first_step)
-            options["tracker run"] = read_options(output)["tracker run"]
+        record.resume(options, compared if is_main else [], first_step)  # the main process alone knows the contents
+        options["tracker run"] = read_options(output)["tracker run"]
         say(f"continuing after step {first_step} of the run in {output}")
-    elif is_main:
+    else:
         checkpoints.check_disk(output, trained, args.keep_checkpoints)
         record.start(options)
         record.add({"step": 0})
@@ -172,45 +176,208 @@ def main(argv=None):
             file.write_text("".join(bad_rows), encoding="utf-8")
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
-    # Train. A signal to stop raises Stopped at the next safe point, and the state is all that is saved then.
-    draw = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
-    recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
-    draw_training = partial(draw, tuned_steps=args.grad_steps, **recompute)
-    draw_test = partial(draw, tuned_steps=min(args.step, TEST_TUNED_STEPS))
-    before_path, after, done = output / "resume" / "before.safetensors", None, first_step
+    # Train. A signal raises Stopped at the next safe point: then the checkpoint is all that is written.
+    sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
+    run = Run(
+        args, accelerator, output, sample, shape, rewards, monitors, names, trained, optimizer, factor, prompts,
+        held_out, record, count_cut=partial(count_cut, model.tokenizer),
+    )  # fmt: skip
+    done, after = first_step, None
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
-
-    def save(step):
-        epoch = (step * global_batch - 1) // len(prompts) if step else 0
-        checkpoints.save_checkpoint(accelerator, trained, output, step, epoch, args.keep_checkpoints)
-
     with stop_signals() as received, bar:
         check_stop = partial(raise_if_stopped, accelerator, received)
+        try:
+            if "val_total" not in record.rows[-1] and is_due(args.val_every, done, last_step):
+                after = look(run, done, len(held_out), check_stop)
+            for step in range(first_step + 1, last_step + 1):
+                row = train_step(run, step, check_stop)
+                done = step
+                record.add(row | {"epoch": step * global_batch / len(prompts)})
+                bar.update()
+                bar.set_postfix_str(record.line(["total", *names], WINDOW))
+                check_stop()
+                if is_due(args.val_every, step, last_step):
+                    after = look(run, step, len(held_out), check_stop)
+                elif args.sample_every and step % args.sample_every == 0:
+                    look(run, step, min(GRID, len(held_out)), check_stop)
+                accelerator.log(record.rows[-1], step=step)
+                skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
+                if skips:
+                    say(f"step {step}: loss or gradient is not finite; update skipped, {skips} in a row")
+                if skips >= MOST_SKIPS or step == last_step:
+                    save(run, step)
+                elif args.save_every and step % args.save_every == 0:
+                    if checkpoints.has_room(output, trained):
+                        save(run, step)
+                    else:
+                        say(f"step {step}: NOT SAVED: {output} is on a full disk; make room before the next save")
+                if skips >= MOST_SKIPS:
+                    raise UserError(f"{skips} updates in a row were not finite; the last good weights are in {output}")
+        except Stopped:
+            save(run, done)
+            say(f"stopped after step {done}, all saved; continue with the same command and --resume")
+            return accelerator.end_training()
 
-        def look(step, count, save_best):
-            """Validate on `count` held-out prompts: pictures, the best weights, and the last row's val_ columns."""
+    # Results.
+    after = after or look(run, last_step, len(held_out), lambda: None)
+    if is_main:
+        before = load_look(output / "resume" / "before.safetensors")
+        pictures.before_after_grid(before, after, held_out, f"{last_step} steps", output / "before_after.png")
+        pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
+        print(paired_table(before[0], after[0]))
+        skipped, cut = (sum(row.get(name, 0) for row in record.rows) for name in ("skipped", "cut"))
+        print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut, being longer than the text encoder reads")
+        for name in (
+            *(f"{part.name}.safetensors" for part in trained),
+            "before_after.png",
+            "curves.png",
+            "metrics.csv",
+        ):
+            print(output / name)
+    accelerator.end_training()
 
-            def make(batch, indices):
-                return draw_test(batch, validation_noise(indices, shape))
 
-            found = validate(
-                accelerator, make, rewards, monitors, held_out[:count], args.batch_size, GRID, between=check_stop
-            )
-            scores, images = found
-            means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
-            if save_best and means["val_total"] > record.best("val_total"):
-                checkpoints.save_weights(accelerator, trained, output, "_best")
-            if is_main and args.sample_every:
-                picture = pictures.sample_grid(images, held_out[:count], scores, step)
-                with write_whole(output / "samples" / f"step_{step:06d}.png") as file:
-                    picture.save(file)
-                log_picture(accelerator, "held-out prompts", picture, step)
-            if save_best and is_main:
-                if step == 0:  # kept on disk for the comparison at the end, also of a resumed run
-                    save_look(scores, images, before_path)
-                record.amend(means)
-                say(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in scores.items()))
-            return found
+class Run(NamedTuple):
+    """What the functions below share."""
 
-        def is_validated(step):
-            return step in (0, last_step) or (args.val_every and step % args.val_every == 0)
+    args: object
+    accelerator: Accelerator
+    output: Path
+    sample: Callable  # make_images with all but prompts, noise and the number of tuned steps given
+    shape: tuple[int, int, int]  # of one image's latents
+    rewards: RewardSum
+    monitors: list
+    names: list[str]  # of the rewards
+    trained: list[checkpoints.Trained]
+    optimizer: torch.optim.Optimizer
+    factor: Callable  # step -> what the learning rates are multiplied by
+    prompts: Sequence[str]
+    held_out: list[str]
+    record: Record
+    count_cut: Callable
+
+
+def train_step(run, step, check_stop):
+    """Sample, score, backward, update: one optimizer step -> its row of metrics.csv.
+
+    loss = -(weighted sum of rewards), averaged over micro-batches and processes. check_stop() is called before each
+    micro-batch and may raise: the weights are still those of the step before.
+    """
+    args, accelerator, optimizer, began = run.args, run.accelerator, run.optimizer, time.perf_counter()
+    recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
+    accumulation, process, processes = (
+        args.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    parts, cut = [], 0
+    for number in range(accumulation):
+        check_stop()
+        numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
+        prompts, noise = training_batch(run.prompts, args.seed, run.shape, numbers)
+        with ExitStack() as alone:
+            for part in run.trained if number < accumulation - 1 else ():  # processes exchange the last sum only
+                alone.enter_context(accelerator.no_sync(part.network))
+            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, **recompute)
+            total, scores = run.rewards(images, prompts)
+            if not total.requires_grad:
+                raise UserError("no reward in use is differentiable in the images: there is nothing to learn from")
+            accelerator.backward(-total.mean() / accumulation)
+        cut += run.count_cut(prompts)
+        parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in run.names)]))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+
+    # Means over all processes, from which each of them decides the same.
+    here = torch.cat([torch.stack(parts).mean(dim=0), torch.tensor([cut * processes], device=accelerator.device)])
+    *means, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
+    skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
+    for group, part in zip(optimizer.param_groups, run.trained, strict=True):
+        group["lr"] = part.learning_rate * run.factor(step)
+    if not skip:
+        optimizer.step()
+    elif accelerator.scaler:
+        accelerator.scaler.update()
+    optimizer.zero_grad()
+
+    seconds = time.perf_counter() - began
+    row = {"step": step, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped": skip, "cut": cut}
+    row |= {"seconds": seconds, "images_per_second": args.batch_size * processes * accumulation / seconds}
+    return row | dict(zip(["total", *run.names], means, strict=True))
+
+
+def look(run, step, count, check_stop):
+    """Sample `count` held-out prompts as at test time and draw the first -> (scores, images), see validate.
+
+    With all held-out prompts it is a validation: the scores join the last row, and the best weights are kept.
+    """
+
+    def sample(prompts, indices):
+        noise = validation_noise(indices, run.shape)
+        return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
+
+    held_out = run.held_out[:count]
+    scores, images = validate(
+        run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, GRID, check_stop
+    )
+    is_main = run.accelerator.is_main_process
+    if count == len(run.held_out) and "val_total" not in run.record.rows[-1]:
+        means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
+        if means["val_total"] > run.record.best("val_total"):
+            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_best")
+        if is_main and step == 0:
+            save_look(scores, images, run.output / "resume" / "before.safetensors")
+        run.record.amend(means)
+        if is_main:
+            tqdm.write(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in scores.items()))
+    if is_main and run.args.sample_every:
+        picture = pictures.sample_grid(images, held_out, scores, step)
+        with write_whole(run.output / "samples" / f"step_{step:06d}.png") as file:
+            picture.save(file)
+        log_picture(run.accelerator, "held-out prompts", picture, step)
+    return scores, images
+
+
+def save(run, step):
+    """Write a checkpoint of the weights and of all that continuing after `step` needs."""
+    args, images = run.args, run.args.batch_size * run.args.gradient_accumulation_steps * run.accelerator.num_processes
+    epoch = max(0, step * images - 1) // len(run.prompts)
+    checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, args.keep_checkpoints)
+
+
+def is_due(every, step, last_step):
+    """Whether something that happens every so many steps (0: only first and last) happens after this step."""
+    return step in (0, last_step) or bool(every and step % every == 0)
+
+
+def make_accelerator(args, output):
+    """Accelerate's processes, precision and trackers, all given here: its environment variables must not change a run.
+
+    Raises UserError for ways to split a network that are not supported.
+    """
+    # DistributedDataParallel averages gradients, the UNet's too, though it runs K times for one backward: a weight's
+    # gradient is handed on after the last. Buffers are constants; to broadcast them would have processes wait for each
+    # other in validation. Autocast must not cache: it may reuse weights cast without gradient. fp16's loss scale is
+    # halved after each step that overflows: the last of MOST_SKIPS has scale 1.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the training step accumulates itself
+        log_with=args.report_to or None,
+        project_dir=output,
+        kwargs_handlers=[
+            AutocastKwargs(cache_enabled=False),
+            GradScalerKwargs(init_scale=2.0 ** (MOST_SKIPS - 1)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products on tensor cores; convolutions do so by default
+    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
+        raise UserError(f"{accelerator.distributed_type.value}: not supported; to split a network, use FSDP version 2")
+    if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
+        raise UserError("FSDP splits one network: train the text encoder and the UNet one after the other")
+    return accelerator
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -38,7 +38,9 @@ def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
 def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
     """Raise UserError unless `folder` has room for what a run of `keep` checkpoints (0: at least one) writes."""
     weights, state = checkpoint_bytes(trained)
-    needed = (max(keep, 1) + 2) * weights + 2 * state + MARGIN  # the best, and the new beside the old while it is written
+    needed = (
+        (max(keep, 1) + 2) * weights + 2 * state + MARGIN
+    )  # the best, and the new beside the old while it is written
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, and this run writes up to {needed / 1e9:.2f} GB of checkpoints; free "

@@ -13,46 +13,46 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # fmt: off
 OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same in a name.
-    ("--model",            "./stable-diffusion-v1-5", "SD v1 model: diffusers folder, single file or hub id; `miniature` ships here"),
-    ("--weights",          str(REPOSITORY),           "folder with the rewards' weights in hpsv2/, pickscore/, aesthetic/"),
-    ("--text_path",        "",                        "tuned text encoder to start from, or with --lr_text 0 to keep"),
-    ("--prompts",          "openprompts.csv",         "training prompts: csv, tsv, txt, jsonl or parquet file"),
-    ("--val_prompts",      "",                        "held-out prompts; if not given, the first of --prompts are held out"),
+    ("--model",            "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`"),
+    ("--weights",          str(REPOSITORY),           "folder that holds hpsv2/, pickscore/ and aesthetic/"),
+    ("--text_path",        "",                        "tuned text encoder to start from (with --lr_text 0: to keep)"),
+    ("--prompts",          "openprompts.csv",         "training prompts: a csv, tsv, txt, jsonl or parquet file"),
+    ("--val_prompts",      "",                        "held-out prompts (default: the first of --prompts)"),
     ("--val_count",        16,                        "number of held-out prompts"),
-    ("--output-path",      "output",                  "folder for weights, metrics.csv, pictures and the training state"),
+    ("--output-path",      "output",                  "folder for weights, metrics, pictures and training state"),
     # Rewards.
     *((f"--{name}", weight, comment) for name, (weight, comment) in REWARDS.items()),
-    ("--reward",           [],                        "a reward of your own: path/to/file.py:function=weight (repeatable)"),
-    ("--monitor",          [],                        "scores to watch on held-out prompts, never trained on: names or file.py:function"),
+    ("--reward",           [],                        "your own reward: path/to/file.py:function=weight (repeatable)"),
+    ("--monitor",          [],                        "scores to watch, never trained on: names or file.py:function"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
     ("--lr_warmup_steps",  0,                         "steps of linear learning-rate warm-up"),
-    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "learning-rate schedule after warm-up; the last two decay to 0"),
+    ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "schedule after warm-up"),
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
     ("--step",             25,                        "T, number of DDIM steps"),
-    ("--grad_steps",       5,                         "K, last steps that use the tuned text encoder and carry gradient"),
+    ("--grad_steps",       5,                         "K, last steps, with the tuned text encoder and gradient"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
-    ("--prompt_weighting", 1.0,                       "w: the tuned steps use w * tuned + (1 - w) * original embeddings"),
+    ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     # Batches and duration.
     ("--batch-size",       4,                         "prompts per micro-batch on each GPU"),
     ("--gradient_accumulation_steps", 1,              "micro-batches per optimizer step"),
     ("--max_steps",        10_000,                    "optimizer steps to train for; 0 = no limit"),
     ("--epochs",           0,                         "passes over the prompts to train for; 0 = no limit"),
     ("--sample_every",     100,                       "steps between sample pictures; 0 = none"),
-    ("--val_every",        100,                       "steps between validations on all held-out prompts; 0 = first and last only"),
+    ("--val_every",        100,                       "steps between validations; 0 = first and last only"),
     ("--save_every",       250,                       "steps between checkpoints; 0 = at the end only"),
     ("--keep_checkpoints", 3,                         "newest checkpoints to keep, beside the best; 0 = all"),
     ("--resume",           False,                     "continue the run in --output-path"),
     ("--seed",             0,                         "seed of the prompts' order and the noise"),
     # Speed and memory.
-    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 where the hardware computes it fast, otherwise fp32"),
-    ("--gradient_checkpointing", ("full", "none"),    "none = keep all activations of the K steps: 12 % less compute, more memory"),
-    ("--vae_checkpointing", False,                    "recompute the VAE image by image in the backward pass, to save memory"),
-    ("--compile",          False,                     "compile the UNet's transformer blocks with torch.compile"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 where it is fast, else fp32"),
+    ("--gradient_checkpointing", ("full", "none"),    "none = 12 % less compute, much more memory"),
+    ("--vae_checkpointing", False,                    "recompute the VAE image by image, to save memory"),
+    ("--compile",          False,                     "torch.compile the UNet's transformer blocks"),
     # Tracking.
-    ("--report_to",        ("", "tensorboard", "wandb"), "experiment tracker for scores and sample pictures"),
+    ("--report_to",        ("", "tensorboard", "wandb"), "tracker for scores and sample pictures"),
     ("--project_name",     "textcraftor",             "project name in the tracker"),
 )
 # fmt: on

@@ -44,7 +44,8 @@ def validation_noise(indices, shape):
 def save_look(scores, images, path):
     """Keep what validate returned."""
     with write_whole(path) as unfinished:
-        save_file({"images": images, **{f"score {name}": score for name, score in scores.items()}}, unfinished)
+        tensors = {"images": images.contiguous(), **{f"score {name}": score for name, score in scores.items()}}
+        save_file(tensors, unfinished)
 
 
 def load_look(path):
