@@ -64,7 +64,7 @@ class Record:
                 file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
     def resume(self, options, compared, last_step):
-        """Continue a run: forget the rows after `last_step`. Raises UserError if those `compared` of `options` differ."""
+        """Continue a run: forget the rows after `last_step`. Raises UserError if those `compared` of options differ."""
         earlier = read_options(self.folder)
         options = json.loads(json.dumps(options))
         for name in compared:
