@@ -1,12 +1,12 @@
 """
-Compare runs of test_parti.py or test_hpsv2.py, prompt by prompt: differences and win rates with 95 % intervals, a plot,
-and a page of pictures side by side that opens from the disk.
+Compare runs of test_parti.py or test_hpsv2.py prompt by prompt: mean differences and win rates with 95 % intervals,
+a plot, and a page (report.html) with the pictures side by side. The page opens from the disk, without a network.
 
 $ python compare.py tests/miniature_parti tests/miniature_output_tc_text_parti
 $ python compare.py RUN_A RUN_B RUN_C --output_path compare      # each against the first
 
-Human preference: a page that shows A and B in an order that nobody knows and exports votes.json; then what was voted,
-and with the runs named how far each score agrees.
+Human preference: --blind writes a page that shows the pictures of two runs in random order and exports votes.json.
+--votes reports the votes; with the runs given as well, also how often each score agrees with them.
 $ python compare.py RUN_A RUN_B --blind --limit 100
 $ python compare.py RUN_A RUN_B --votes votes.json
 """
@@ -14,41 +14,30 @@ $ python compare.py RUN_A RUN_B --votes votes.json
 import json
 from pathlib import Path
 
+import numpy as np
+
+from textcraftor.comparison import votes
+from textcraftor.comparison.report import METHOD, comparison_tables, write_report
+from textcraftor.comparison.runs import comparison_hash, notes, pair, read_runs, settings_table
 from textcraftor.errors import UserError, run_program
+from textcraftor.files import write_whole
 from textcraftor.options import make_parser, require
+from textcraftor.pictures import difference_plot
+from textcraftor.statistics import compare_groups
 
 # fmt: off
 OPTIONS = (
-    ("--output_path", "compare", "folder of what is written"),
-    ("--image_size",  512,       "longest side of the images in a page, in pixels; larger ones are scaled down"),
-    ("--blind",       False,     "write the page for votes, of two runs"),
-    ("--limit",       0,         "with --blind: only so many prompts, drawn at random; 0 = all"),
-    ("--seed",        0,         "of the resampling, and of the order in a page for votes"),
+    ("--output_path", "compare", "output folder"),
+    ("--image_size",  512,       "longest side of the pictures in a page, in pixels; larger ones are scaled down"),
+    ("--blind",       False,     "write a page for voting between two runs"),
+    ("--limit",       0,         "with --blind: number of prompts, drawn at random; 0 = all"),
+    ("--seed",        0,         "random seed of the bootstrap, and of the order of the voting page"),
 )
 # fmt: on
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, OPTIONS)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="output folder; the first is compared with")
-    parser.add_argument("--votes", nargs="+", default=[], metavar="FILE", help="votes that a --blind page exported")
-    args = parser.parse_intermixed_args(argv)
-    require(args, {"image_size": 16, "limit seed": 0})
-    if len(args.runs) < 2 and not (args.votes and not args.runs):
-        raise UserError(f"expected two or more output folders of a benchmark, found {len(args.runs)}")
-    if (args.blind or args.votes) and len(args.runs) > 2:
-        raise UserError(f"{len(args.runs)} runs named: a vote is between two")
-    if args.blind and args.votes:
-        raise UserError("--blind --votes: the page comes first and its votes later; give one of them")
-    if args.limit and not args.blind:
-        raise UserError("--limit: is of --blind; scores are compared on all prompts")
-    args.output_path = Path(args.output_path)
-    if args.output_path.exists() and not args.output_path.is_dir():
-        raise UserError(f"--output_path {args.output_path}: is a file, expected a folder")
-
-    # Imported only now: whatever is wrong above is said at once.
-    from textcraftor.comparison.runs import read_runs
-
+    args = parse(argv)
     runs = read_runs(args.runs)
     if args.votes:
         report_votes(args, runs)
@@ -58,96 +47,128 @@ def main(argv: list[str] | None = None) -> None:
         write_comparison(args, runs)
 
 
+def parse(argv):
+    """The checked options; UserError if they do not fit together."""
+    parser = make_parser(__doc__, OPTIONS)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="output folders; the first is the baseline")
+    parser.add_argument("--votes", nargs="+", default=[], metavar="FILE", help="votes exported from a --blind page")
+    args = parser.parse_intermixed_args(argv)
+    require(args, {"image_size": 16, "limit seed": 0})
+    if len(args.runs) < 2 and not (args.votes and not args.runs):
+        raise UserError(f"expected two or more output folders of a benchmark, found {len(args.runs)}")
+    if (args.blind or args.votes) and len(args.runs) > 2:
+        raise UserError(f"{len(args.runs)} runs given, but people vote between two; give two")
+    if args.blind and args.votes:
+        raise UserError("--blind writes the page and --votes reads its votes afterwards; give only one of them")
+    if args.limit and not args.blind:
+        raise UserError("--limit works only with --blind; scores are compared on all prompts")
+    args.output_path = Path(args.output_path)
+    if args.output_path.exists() and not args.output_path.is_dir():
+        raise UserError(f"--output_path {args.output_path}: is a file, expected a folder; choose another")
+    return args
+
+
 def write_comparison(args, runs):
-    """comparison.json, comparison.png and report.html, and the tables on the screen."""
-    import numpy as np
+    """Write comparison.json, comparison.png and report.html, then print the tables.
 
-    from textcraftor.benchmark.results import write_whole
-    from textcraftor.comparison.report import METHOD, comparison_tables, write_report
-    from textcraftor.comparison.runs import notes, pair, settings_table
-    from textcraftor.pictures import difference_plot
-    from textcraftor.statistics import compare_groups
-
+    All files are written before anything is printed: a closed or unusual terminal costs no result.
+    """
     columns, keys = pair(runs)
     first = [runs[0].rows[key] for key in keys]
     scores = np.array([[[run.rows[key][name] for name in columns] for key in keys] for run in runs])
     groups = {by: [row[by] for row in first] for by in ("category", "challenge") if by in first[0]}
     records = compare_groups(scores, columns, groups, args.seed)
-    remarks = notes(runs, columns, keys)
     about = {
         "benchmark": runs[0].settings["benchmark"],
         "runs": [{"label": run.label, "name": run.name, "folder": str(run.folder)} for run in runs],
-        "prompts": len(keys), "notes": remarks, "method": METHOD, "seed": args.seed, "settings": settings_table(runs),
+        "prompts": len(keys), "notes": notes(runs, columns, keys), "method": METHOD, "seed": args.seed,
+        "settings": settings_table(runs),
     }  # fmt: skip
-    file = args.output_path / "comparison.json"
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else about["runs"]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{file}: is no comparison; choose another --output_path") from problem
-    if earlier != about["runs"]:
-        print(f"{args.output_path}: replacing the comparison of {', '.join(run['folder'] for run in earlier)}")
-    args.output_path.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(about | {"results": records}, indent=1) + "\n")
-    (args.output_path / "comparison.png").write_bytes(difference_plot(records, [run.name for run in runs]))
-    print(comparison_tables(about, records))
-    page = args.output_path / "report.html"
+    file, plot, page = (args.output_path / name for name in ("comparison.json", "comparison.png", "report.html"))
+    earlier = earlier_runs(file) or about["runs"]
+    write_json(file, about | {"results": records})
+    with write_whole(plot) as unfinished:
+        unfinished.write_bytes(difference_plot(records, [run.name for run in runs]))
     lost = write_report(page, about, records, runs, keys, scores, args.image_size)
-    for name in ("comparison.json", "comparison.png"):
-        print(args.output_path / name)
-    say_page(page, lost, args.image_size)
+    if earlier != about["runs"]:
+        print(f"{args.output_path}: replaced the comparison of {', '.join(run['folder'] for run in earlier)}")
+    print(comparison_tables(about, records))
+    print(file, plot, sep="\n")
+    print_page(page, lost, args.image_size)
 
 
-def say_page(page, lost, image_size):
-    """Name a page with its size, and the images it lacks."""
+def earlier_runs(file):
+    """The runs that an existing comparison.json compares, None if there is no such file; UserError if it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        return [{name: run[name] for name in ("label", "name", "folder")} for run in runs]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{file}: is not a comparison of compare.py; choose another --output_path, or remove it"
+        ) from problem
+
+
+def write_json(file, content):
+    """Write a JSON file, whole or not at all."""
+    with write_whole(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def print_page(page, lost, image_size):
+    """Print the images that a page lacks ({path: reason}), and its path and size."""
     for file, why in lost.items():
         print(f"{file}: {why}")
     if lost:
-        print(f"{len(lost)} images could not be read and are missing from the page")
+        print(f"images missing from the page because they could not be read: {len(lost)}")
     megabytes = page.stat().st_size / 1e6
     advice = f"; an --image_size below {image_size} makes it smaller" if megabytes > 100 else ""
     print(f"{page}, {megabytes:.1f} MB{advice}")
 
 
 def write_blind(args, runs):
-    """blind.html."""
-    from textcraftor.comparison import votes
-    from textcraftor.comparison.runs import pair
-
+    """Write blind.html, the page for voting."""
     _, keys = pair(runs)
-    args.output_path.mkdir(parents=True, exist_ok=True)
     page = args.output_path / "blind.html"
     votes.write_blind(page, runs, keys, args.seed, args.limit, args.image_size)
-    say_page(page, {}, args.image_size)
+    print_page(page, {}, args.image_size)
 
 
 def report_votes(args, runs):
-    """preference.json, and the same on the screen; with the runs, how far each score agrees."""
-    import numpy as np
-
-    from textcraftor.benchmark.results import write_whole
-    from textcraftor.comparison import votes
-    from textcraftor.comparison.runs import comparison_hash, pair
-
+    """Write preference.json and print it; with the runs, also how often each score agrees with the votes."""
     about, voted = votes.read_votes(args.votes)
-    records, agreements = votes.preference(voted), {}
-    if runs:
-        if comparison_hash(runs) != about["comparison"]:
-            raise UserError(
-                f"{args.votes[0]}: votes on {' against '.join(about['runs'])}, not on these results of "
-                f"{' against '.join(args.runs)}; name the runs that the page was made of, in its order"
-            )
-        columns, _ = pair(runs)
-        share = votes.shares(voted)
-        gain = [[runs[1].rows[key][name] - runs[0].rows[key][name] for name in columns] for key in share]
-        rates, intervals, count = votes.agreement(np.array(list(share.values())), np.array(gain))
-        for name, rate, (low, high) in zip(columns, rates.tolist(), intervals.tolist(), strict=True):
-            if count:
-                agreements[name] = {"agreement": rate, "low": low, "high": high, "prompts": count}
-    args.output_path.mkdir(parents=True, exist_ok=True)
-    result = about | {"raters": len(voted), "results": records, "agreement": agreements}
-    write_whole(args.output_path / "preference.json", json.dumps(result, indent=1) + "\n")
+    if runs and comparison_hash(runs) != about["comparison"]:
+        raise UserError(
+            f"{args.votes[0]}: votes on {' against '.join(about['runs'])}, not on these results of "
+            f"{' against '.join(args.runs)}; give the runs that the page was made from, in the same order"
+        )
+    records = votes.preference(voted)
+    agreements = score_agreements(runs, votes.shares(voted), args.votes[0]) if runs else {}
+    file = args.output_path / "preference.json"
+    write_json(file, about | {"raters": len(voted), "results": records, "agreement": agreements})
     print(votes.preference_table(about, voted, records, agreements))
-    print(args.output_path / "preference.json")
+    print(file)
+
+
+def score_agreements(runs, shares, file):
+    """{score: {"agreement", "low", "high", "prompts"}}: how often each score prefers the run that people prefer.
+
+    shares: {(index, prompt): share of votes for run B}. Empty if people preferred neither run on any prompt.
+    """
+    columns, keys = pair(runs)
+    if unknown := shares.keys() - set(keys):
+        raise UserError(
+            f"{file}: votes on a prompt that the runs do not share ({min(unknown)[1]!r}); export them again"
+        )
+    gain = [[runs[1].rows[key][name] - runs[0].rows[key][name] for name in columns] for key in shares]
+    rates, intervals, count = votes.agreement(np.array(list(shares.values())), np.array(gain))
+    if not count:
+        return {}
+    return {
+        name: {"agreement": rate, "low": low, "high": high, "prompts": count}
+        for name, rate, (low, high) in zip(columns, rates.tolist(), intervals.tolist(), strict=True)
+    }
 
 
 if __name__ == "__main__":

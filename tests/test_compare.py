@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from textcraftor.benchmark.program import evaluate
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.benchmark.results import Table
 from textcraftor.comparison import votes
+from textcraftor.comparison.pages import data_uri
 from textcraftor.comparison.runs import comparison_hash, read_runs
 from textcraftor.errors import UserError
 from textcraftor.statistics import wilson_interval
@@ -78,9 +80,9 @@ def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys)
     found, output = compared(), capsys.readouterr().out
     assert found["prompts"] == COUNT - 5
     assert found["notes"] == [
-        "A: 5 of 40 images have no partner in every other run and are left out",
-        "B: 5 of 40 images have no partner in every other run and are left out",
-        "C: 2 of 37 images have no score and are left out",
+        "A: 5 of 40 images are left out: they were not scored in every other run",
+        "B: 5 of 40 images are left out: they were not scored in every other run",
+        "C: 2 of 37 images are left out: they have no score",
         "the runs differ in seed: A 2023, B 2023, C 7",
     ]
     assert all(f"note: {note}" in output for note in found["notes"])
@@ -103,55 +105,106 @@ def test_a_score_of_one_run_alone_is_left_out(runs, capsys):
     make_run("more", 0.2, scores=("clip", "aesthetic", "hps_v2.0"))
     main([*runs])
     main([*runs])
-    assert "replacing" not in capsys.readouterr().out
+    assert "replaced" not in capsys.readouterr().out
     main([runs[0], "more"])
-    assert "compare: replacing the comparison of original, tuned" in capsys.readouterr().out
-    assert compared()["notes"] == ["hps_v2.0 is left out, being known of B alone"]
+    assert "compare: replaced the comparison of original, tuned" in capsys.readouterr().out
+    assert compared()["notes"] == ["hps_v2.0 is left out: not measured in A"]
     assert {record["score"] for record in compared()["results"]} == {"clip", "aesthetic"}
 
 
 def test_prompts_that_scores_used_are_told(runs):
     make_run("extended", 0.1, {"score_prompt": "extended", "prompt_eng (sha256)": "e" * 64})
     main([runs[0], "extended"])
-    assert compared()["notes"] == ["scored with different prompts: A with the original ones, B with the extended ones"]
+    assert compared()["notes"] == [
+        "the runs were scored with different prompts: A with the original ones, B with the extended ones"
+    ]
     assert "scored with its extended prompts" in Path("compare/report.html").read_text()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"benchmark": "HPSv2 benchmark"}, r"differ in benchmark \(PartiPrompts, HPSv2 benchmark\)"),
-    ({"prompts (sha256)": "q" * 64}, r"differ in prompts \(sha256\) \(pppppppppppp, qqqqqqqqqqqq\)"),
-    ({"hps_version": "2.1"}, r"differ in hps_version \(2.0, 2.1\): score the images of one again"),
-    ({"clip (sha256)": "x" * 64}, r"differ in the weights of clip"),
-])  # fmt: skip
-def test_what_cannot_be_compared_is_refused(runs, change, message):
-    make_run("other", 0.1, change)
+def test_runs_that_mean_different_things_are_refused(runs):
+    for number, (change, message) in enumerate((
+        ({"benchmark": "HPSv2 benchmark"}, r"differ in benchmark \(PartiPrompts, HPSv2 benchmark\)"),
+        ({"prompts (sha256)": "q" * 64}, r"differ in prompts \(sha256\) \(pppppppppppp, qqqqqqqqqqqq\)"),
+        ({"clip (sha256)": "x" * 64}, r"differ in the weights of clip"),
+    )):  # fmt: skip
+        refused([runs[0], make_run(f"other{number}", 0.1, change)], message)
+    assert not Path("compare").exists()
+
+
+def refused(arguments, message):
     with pytest.raises(UserError, match=message) as refusal:
-        main([runs[0], "other"])
-    assert "\n" not in str(refusal.value) and not Path("compare").exists()
+        main(arguments)
+    assert "\n" not in str(refusal.value)
 
 
-def test_what_is_no_run_is_said_in_one_line(runs):
-    Path("empty").mkdir()
-    make_run("broken")
-    Path("broken/settings.json").write_text("{")
-    make_run("infinite")
-    text = Path("infinite/scores.csv").read_text()
-    Path("infinite/scores.csv").write_text(re.sub(r"00001.png,[^,]*", "00001.png,nan", text))
+def test_arguments_that_do_not_fit_are_refused_in_one_line(runs):
     make_run("alone", absent=range(1, COUNT))
     make_run("partner", 0.3, absent=[0])
     make_run("other_scores", scores=("pickscore",))
     Path("file").write_text("")
+    Path("taken").mkdir()
+    Path("taken/comparison.json").write_text('{"runs": [')
     for arguments, message in (
-        ([runs[0]], "two or more output folders of a benchmark, found 1"), ([runs[0], "none"], "none: no summary.json"),
-        ([runs[0], "empty"], "no summary.json in it; expected the output folder of a finished"),
-        ([runs[0], "broken"], "broken: cannot be read"), ([runs[0], "infinite"], "line 3: clip is nan"),
-        ([runs[0], runs[0]], "named twice"), (["alone", "partner"], "no prompt that all of them"),
-        ([runs[0], "other_scores"], "no score in common"), ([*runs, "--output_path", "file"], "is a file"),
-        ([*runs, "partner", "--blind"], "a vote is between two"), ([*runs, "--limit", "3"], "--limit: is of --blind"),
+        ([runs[0]], "two or more output folders of a benchmark, found 1"), ([runs[0], runs[0]], "given twice"),
+        ([runs[0], "none"], "none: no summary.json"), (["alone", "partner"], "no prompt in common"),
+        ([runs[0], "file"], "file: no summary.json"), ([*runs, "--output_path", "taken"], "is not a comparison"),
+        ([runs[0], "other_scores"], r"no score in common: original \(clip, aesthetic\) and other_scores \(pickscore\)"),
+        ([*runs, "--output_path", "file"], "is a file"), ([*runs, "--output_path", "file/x"], "cannot be written"),
+        ([*runs, "partner", "--blind"], "people vote between two"), ([*runs, "--limit", "3"], "only with --blind"),
+        ([*runs, "--blind", "--votes", "x"], "only one of them"), ([*runs, "--image_size", "8"], "image_size"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=message) as refusal:
-            main(arguments)
-        assert "\n" not in str(refusal.value)
+        refused(arguments, message)
+
+
+def test_damaged_runs_are_refused_in_one_line(runs):
+    make_run("damaged")
+    files = {name: Path("damaged", name).read_bytes() for name in ("settings.json", "summary.json", "scores.csv")}
+    table = files["scores.csv"]
+    counted = json.dumps({"scores": {"clip": {}, "aesthetic": {}}, "images": {"scored": COUNT}}).encode()
+    for name, content, message in (
+        ("settings.json", None, "settings.json: cannot be read \\(No such file"),
+        ("settings.json", b"", "settings.json: cannot be read"),
+        ("settings.json", files["settings.json"][:40], "settings.json: cannot be read"),
+        ("settings.json", b"[]", "expected a JSON object, found list"),
+        ("settings.json", b"{}", "does not say which benchmark"),
+        ("summary.json", b"\xff\xfe", "summary.json: cannot be read"),
+        ("summary.json", b'{"scores": {}}', "lists no scores"),
+        ("summary.json", b'{"scores": ["clip"]}', "lists no scores"),
+        ("summary.json", b'{"scores": {"clip": {}, "beauty": {}}}', "no column 'beauty', found columns: index, prompt"),
+        ("scores.csv", None, "scores.csv: cannot be read \\(No such file"),
+        ("scores.csv", b"", "no column 'index', found columns: none"),
+        ("scores.csv", table.replace(b"category", b"kind", 1), "no column 'category'"),
+        ("scores.csv", table.replace(b",", b";"), "no column 'index'"),
+        ("scores.csv", re.sub(rb"00001.png,[^,]*", b"00001.png,nan", table), "line 3: clip is nan"),
+        ("scores.csv", re.sub(rb"00001.png,[^,]*", b"00001.png,good", table), "line 3: clip is good"),
+        ("scores.csv", table.replace(b"\n1,", b"\none,", 1), "line 3: index is 'one'"),
+        ("scores.csv", table[: table.index(b"00002.png") + 9], "line 4: has more or fewer cells"),
+        ("scores.csv", table + table.splitlines(keepends=True)[1], "image 0 is listed twice"),
+        ("scores.csv", table.replace(b"prompt 1,", b'"' + b"x" * 200_000 + b'",', 1), "cannot be read \\(field larger"),
+        ("scores.csv", table.replace(b"prompt 1,", b"\xe9,", 1), "cannot be read .*codec"),
+    ):  # fmt: skip
+        for file, good in files.items():
+            Path("damaged", file).write_bytes(good)
+        if content is None:
+            Path("damaged", name).unlink()
+        else:
+            Path("damaged", name).write_bytes(content)
+        refused([runs[0], "damaged"], message)
+    Path("damaged/summary.json").write_bytes(counted)  # rows are missing at the end
+    Path("damaged/scores.csv").write_bytes(b"".join(table.splitlines(keepends=True)[:3]))
+    refused([runs[0], "damaged"], "has 2 scored images, summary.json says 40")
+    assert not Path("compare").exists()
+    Path("damaged/scores.csv").write_bytes(b"\xef\xbb\xbf" + table)  # as saved by a spreadsheet
+    main([runs[0], "damaged"])
+
+
+def test_files_are_written_before_a_terminal_can_fail(runs, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UnicodeEncodeError):
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        main(list(runs))
+    names = ["comparison.json", "comparison.png", "report.html"]
+    assert sorted(path.name for path in Path("compare").iterdir()) == names
+    assert len(compared()["results"]) == 2 * (1 + 2 + 1)
 
 
 def test_runs_of_the_benchmark_programs(stable_diffusion, rewards_root, tmp_path, monkeypatch):
@@ -237,23 +290,30 @@ def test_a_lost_image_is_named(runs, capsys):
     Path("tuned/00020.png").write_bytes(b"no image")
     main(list(runs))
     output = capsys.readouterr().out
-    assert "tuned/00020.png: cannot identify" in output and "1 images could not be read" in output
-    with pytest.raises(UserError, match="tuned/00020.png: cannot identify.*a vote needs both"):
+    assert "tuned/00020.png: cannot identify" in output and "because they could not be read: 1" in output
+    with pytest.raises(UserError, match="tuned/00020.png: cannot identify.*people can only vote if both"):
         main([*runs, "--blind"])
     assert sorted(path.name for path in Path("compare").iterdir()) == [
         "comparison.json", "comparison.png", "report.html"
     ]  # fmt: skip
 
 
-def test_large_images_are_scaled_down_and_small_files_kept(runs, tmp_path):
-    make_run("large", 0.1, size=(600, 300))
-    main([runs[0], "large", "--image_size", "200"])
-    lines = script(Path("compare/report.html").read_text(), "images-0").split("\n")
-    assert picture(lines[1]).size == (200, 100) and picture(lines[0]).size == (8, 8)
-    Image.effect_noise((100, 100), 50).save(tmp_path / "a.jpg")
-    from textcraftor.comparison.pages import data_uri
+def test_pictures_are_shown_as_they_look(tmp_path):
+    def shown(size=512):
+        return picture(data_uri(tmp_path / "picture", size))
 
-    assert base64.b64decode(data_uri(tmp_path / "a.jpg", 100).split(",")[1]) == (tmp_path / "a.jpg").read_bytes()
+    Image.effect_noise((100, 100), 50).save(tmp_path / "picture", "JPEG")
+    assert base64.b64decode(data_uri(tmp_path / "picture", 100).split(",")[1]) == (tmp_path / "picture").read_bytes()
+    Image.new("RGB", (600, 300)).save(tmp_path / "picture", "PNG")
+    assert shown(200).size == (200, 100)
+    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(tmp_path / "picture", "PNG")
+    assert shown().getpixel((0, 0)) == (128, 128, 128)
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "picture", "PNG")
+    assert shown().getpixel((0, 0)) == (255, 255, 255)
+    rotated = Image.new("RGB", (8, 4))
+    rotated.getexif()[0x0112] = 6  # turn by 90 degrees to look at it
+    rotated.save(tmp_path / "picture", "PNG", exif=rotated.getexif())
+    assert shown().size == (4, 8)
 
 
 # Votes
@@ -266,11 +326,6 @@ def blind(*arguments):
     count = -(-len(content["prompts"]) // 16)
     lines = [line for n in range(count) for line in script(page, f"images-{n}").split("\n")]
     return page, content, json.loads(base64.b64decode(content["sealed"])), lines
-
-
-def test_options_may_stand_between_the_runs(runs):
-    main([runs[0], "--blind", runs[1], "--limit", "2"])
-    assert Path("compare/blind.html").is_file()
 
 
 def test_the_page_for_votes_shows_either_first_and_tells_nothing(runs):
@@ -288,7 +343,7 @@ def test_the_page_for_votes_shows_either_first_and_tells_nothing(runs):
             (pair["index"], green, 200), (pair["index"], 50 - green, 200)
         ]  # fmt: skip
     assert blind(*runs)[0] == page
-    some = blind(*runs, "--limit", "5")[2]
+    some = blind(runs[0], "--limit", "5", runs[1])[2]
     assert some["pairs"] == pairs[:5] and some["comparison"] == sealed["comparison"]
     other = blind(*runs, "--seed", "1")
     assert other[2]["pairs"] != pairs and other[1]["id"] != content["id"]
@@ -328,7 +383,7 @@ def test_the_human_preference_and_how_far_scores_agree(runs, capsys):
     assert found["agreement"]["clip"]["agreement"] == pytest.approx((signs == [1, -1, 1]).mean())
     assert found["agreement"]["clip"]["prompts"] == 3
     output = capsys.readouterr().out
-    assert "8 votes of 2 raters" in output and "clip agrees with the votes on" in output
+    assert "8 votes by 2 raters" in output and "clip agrees with the votes on" in output
 
 
 def test_agreement_counts_what_a_score_does_not_tell_half():
@@ -351,9 +406,9 @@ def test_wrong_votes_are_said_in_one_line(runs):
     tiny.write_json(Path("list.json"), [1])
     for arguments, message in (
         (["absent.json"], "absent.json: cannot be read"), (["text.json"], "text.json: cannot be read"),
-        (["list.json"], "list.json: holds no votes"), (["broken.json"], "broken.json: holds no votes"),
-        (["none.json"], "nothing was voted yet"), (["twice.json"], "votes twice on one prompt"),
-        ([good, "again.json"], "of one rater"), ([good, "swapped.json"], "report them apart"),
+        (["list.json"], "list.json: contains no valid votes"), (["broken.json"], "broken.json: contains no valid"),
+        (["none.json"], "contains no votes yet"), (["twice.json"], "two votes on the same prompt"),
+        ([good, "again.json"], "by the same rater"), ([good, "swapped.json"], "report them separately"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message) as refusal:
             main(["--votes", *arguments])

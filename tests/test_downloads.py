@@ -11,7 +11,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote
 
 import open_clip
@@ -153,18 +152,21 @@ def test_each_file_goes_to_its_place_once(hub, tmp_path):
     assert files(tmp_path) == sorted([*expected, "hpsv2/HPS_v2.1_compressed.pt"])
     unet = tmp_path / "stable-diffusion-v1-5" / "unet" / "diffusion_pytorch_model.safetensors"
     assert unet.read_text() == f"{downloads.SOURCES['sd'][0].repo}/unet/diffusion_pytorch_model.safetensors"
-    assert "GB to fetch" in output and "GB free in" in output
+    assert "GB to download" in output and "GB free in" in output
 
     hub.gets.clear()
-    assert fetch(hub, tmp_path, "sd,prompts,pickscore,hpsv2.1")[:2] == (0, "all there\n")
+    assert fetch(hub, tmp_path, "sd,prompts,pickscore,hpsv2.1")[:2] == (0, "all files are in place\n")
     assert hub.gets == []
     unet.write_text("broken")  # of another size than the hub's
     assert fetch(hub, tmp_path, "sd")[0] == 0
     assert [path for path, _, _ in hub.gets] == [unet.read_text()]
     # The hub is not asked when the user says so.
-    assert fetch(hub, tmp_path, "sd", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")[:2] == (0, "all there\n")
+    assert fetch(hub, tmp_path, "sd", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")[:2] == (
+        0,
+        "all files are in place\n",
+    )
     status, _, errors = fetch(hub, tmp_path, "hpsv2", HF_HUB_OFFLINE="1")
-    assert status == 1 and "HF_HUB_OFFLINE is set, and HPS_v2_compressed.pt is not here" in errors
+    assert status == 1 and "HPS_v2_compressed.pt is missing and HF_HUB_OFFLINE is set" in errors
 
 
 def test_towers_go_to_the_hubs_cache_where_the_rewards_look(hub, tmp_path, monkeypatch):
@@ -203,8 +205,8 @@ def test_a_cut_download_goes_on_where_it_was(hub, tmp_path):
 def test_a_download_that_fails_is_no_file_and_the_next_run_goes_on(hub, tmp_path):
     hub.cuts[HPS] = [12 << 20, *["500"] * 9]
     status, _, errors = fetch(hub, tmp_path, "hpsv2,hpsv2.1")
-    assert status == 1 and "error: 1 of the downloads failed:" in errors
-    assert "xswu/HPSv2: " in errors and "the same command goes on from here" in errors
+    assert status == 1 and "error: downloads that failed: 1" in errors
+    assert "xswu/HPSv2: " in errors and "the same command continues the download" in errors
     assert files(tmp_path) == ["hpsv2/HPS_v2.1_compressed.pt", "hpsv2/HPS_v2_compressed.pt.part"]
     hub.cuts.clear()
     hub.gets.clear()
@@ -218,7 +220,7 @@ def test_a_wrong_hash_leaves_nothing_behind(hub, tmp_path, name, path):
     path = path or f"{downloads.SOURCES['clip'][0].repo}/{downloads.TOWER_FILES[0]}"
     hub.promised[path] = "f" * 64
     status, _, errors = fetch(hub, tmp_path, name)
-    assert status == 1 and f"expected {len(path)} with {'f' * 64}; removed" in errors
+    assert status == 1 and f"expected {len(path)} bytes with sha256 {'f' * 64}; the file was removed" in errors
     assert [file for file in tmp_path.rglob("*") if file.is_file() and path.split("/")[-1] in file.name] == []
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("blobs/*"))
     del hub.promised[path]
@@ -229,8 +231,8 @@ def test_refusals_are_explained_and_the_rest_is_fetched(hub, tmp_path):
     hub.status = {"xswu/HPSv2": 401, "krea-ai/open-prompts": 404}
     del hub.contents["yuvalkirstain/PickScore_v1/model.safetensors"]
     status, _, errors = fetch(hub, tmp_path, "hpsv2,prompts,pickscore,sd")
-    assert status == 1 and "error: 3 of the downloads failed:" in errors
-    assert "xswu/HPSv2: refused (401): log in with `hf auth login` or set HF_TOKEN" in errors
+    assert status == 1 and "error: downloads that failed: 3" in errors
+    assert "xswu/HPSv2: access refused (401); log in with `hf auth login` or set HF_TOKEN" in errors
     assert f"krea-ai/open-prompts: not found (404) on {hub.url}" in errors
     assert "yuvalkirstain/PickScore_v1: the repository has no file model.safetensors" in errors
     assert files(tmp_path) == sorted(f"stable-diffusion-v1-5/{name}" for name in downloads.STABLE_DIFFUSION_FILES)
@@ -242,10 +244,15 @@ def test_the_token_is_sent_to_the_hub_alone(hub, tmp_path):
     assert hub.gets == [("xswu/HPSv2/HPS_v2.1_compressed.pt", 0, None)]
 
 
-def test_an_unknown_name_is_refused(hub, tmp_path):
+def test_what_another_attempt_cannot_mend_is_not_tried_again(hub, tmp_path):
     status, _, errors = fetch(hub, tmp_path, "hpsv2,beauty")
-    assert status == 1 and errors.startswith("error: --only hpsv2,beauty: there is no 'beauty'; expected some of sd, ")
-    assert files(tmp_path) == []
+    assert status == 1 and errors.startswith("error: --only hpsv2,beauty: 'beauty' is not known; choose from sd, ")
+    (tmp_path / "hpsv2").write_text("")  # a file where a folder belongs
+    status, _, errors = fetch(hub, tmp_path, "hpsv2.1")
+    assert status == 1 and "cannot be written: File exists" in errors and "same command" not in errors
+    status, _, errors = fetch(hub, tmp_path / "hpsv2", "hpsv2.1", HF_HOME=str(tmp_path))
+    assert status == 1 and "hpsv2: is a file, expected a folder" in errors
+    assert files(tmp_path) == ["hpsv2"] and hub.gets == []
 
 
 def test_the_aesthetic_head_comes_from_its_own_address(hub, tmp_path, monkeypatch):
@@ -254,7 +261,9 @@ def test_the_aesthetic_head_comes_from_its_own_address(hub, tmp_path, monkeypatc
     monkeypatch.setitem(downloads.SOURCES, "aesthetic", [source])
     monkeypatch.setattr(downloads, "HEAD_SIZE", len(content))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(UserError, match="removed. Fetch it again"):  # its sha256 is known beforehand
+    with pytest.raises(
+        UserError, match="was removed. Run the same command again.*get it from elsewhere"
+    ):  # its sha256 is known beforehand
         downloads.download(["aesthetic"], tmp_path)
     assert files(tmp_path) == []
     monkeypatch.setattr(downloads, "HEAD_SHA256", hashlib.sha256(content).hexdigest())
@@ -264,24 +273,16 @@ def test_the_aesthetic_head_comes_from_its_own_address(hub, tmp_path, monkeypatc
     assert [first for _, first, _ in hub.gets] == [0, 0, 10 << 20]
 
 
-def test_a_full_disk_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "HEAD_SIZE", 10**18)
-    monkeypatch.setitem(downloads.SOURCES, "aesthetic", [downloads.HEAD])
-    with pytest.raises(UserError, match=r"GB free, 1000000000.00 GB are needed"):
-        downloads.download(["aesthetic"], tmp_path)
-    assert files(tmp_path) == []
-
-
-def test_what_is_here_already_needs_no_room(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_downloaded(tmp_path, monkeypatch):
     source = downloads.HEAD
     file = downloads.File(source, source.files[0], 1000, None)
     part = downloads.part_of(downloads.place_of(file, tmp_path))
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(900))
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    monkeypatch.setattr(downloads, "free_bytes", lambda folder: 100)
     said = []
     downloads.check_disk([file], tmp_path, said.append)
-    assert said == [f"0.00 GB to fetch, 0.00 GB free in {tmp_path}"]
+    assert said == [f"0.00 GB to download, 0.00 GB free in {tmp_path}"]
     part.write_bytes(bytes(899))
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free some space"):
         downloads.check_disk([file], tmp_path, said.append)

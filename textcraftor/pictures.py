@@ -1,4 +1,4 @@
-"""Pictures of runs: captioned sample grids, before and after, reward curves, and differences between runs."""
+"""Pictures of runs: captioned grids of samples, before and after training, reward curves, differences between runs."""
 
 import io
 import math
@@ -17,7 +17,8 @@ from textcraftor.fonts import draw_text, plot_families, plot_text, wrap
 MARGIN, GAP = 12, 4  # around cells; between the images of one cell
 TEXT, LINE, TITLE = 13, 18, 17  # font size and line height of captions, font size of the title
 SMALLEST = 192  # images with a shorter side are enlarged, by a whole factor
-CURVE_WINDOW = 20  # steps that the thick line averages
+TITLES = {"total": "weighted total", "grad_norm": "gradient norm"}
+CURVE_WINDOW = 20  # the thick lines are means over this many steps
 
 
 def sample_grid(images, prompts, scores, step):
@@ -31,9 +32,9 @@ def sample_grid(images, prompts, scores, step):
 
 
 def before_after_grid(before, after, prompts, tuned, path):
-    """Pairs of images, before left and after right, each over its prompt; before, after: (scores, images) as above.
+    """Write a PNG of image pairs, before training on the left and after it on the right, each above its prompt.
 
-    tuned: what came between, for the title.
+    before, after: (scores, images) as in sample_grid; tuned: what happened in between, for the title.
     """
     (first, first_images), (last, last_images) = before, after
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
@@ -91,57 +92,67 @@ def save(picture, path):
 
 
 def reward_curves(rows, trained, monitors, path):
-    """One panel for the weighted total, each reward in use, each monitor and the gradient norm, from metrics rows.
+    """Write a PNG with one panel each for the weighted total, the rewards, the monitors and the gradient norm.
 
-    Training: every step thin, their running mean thick. Held-out prompts: dots, and a line at the value before.
+    rows: those of metrics.csv, as dicts. Training is drawn as a thin line with its running mean, held-out prompts as
+    dots with a dotted line at their value before training.
     """
     names = ["total", *trained, *monitors, "grad_norm"]
     columns = min(3, len(names))
-    figure, axes = plt.subplots(
-        math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for axis, name in zip(axes.flat[: len(names)], names, strict=True):
-        points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-        if points:
-            steps, values = zip(*points, strict=True)
-            window = [values[max(0, end - CURVE_WINDOW) : end] for end in range(1, len(values) + 1)]
-            axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
-            axis.plot(steps, [sum(w) / len(w) for w in window], color="C0", label=f"training, mean of {CURVE_WINDOW}")
-        held_out = [(row["step"], row[f"val_{name}"]) for row in rows if f"val_{name}" in row]
-        if held_out:
-            axis.axhline(held_out[0][1], color="C1", linestyle=":", linewidth=1.2, label="held out, before")
-            axis.plot(*zip(*held_out, strict=True), "o-", color="C1", markersize=4, label="held out, as at test time")
-        note = " (monitor, never trained on)" if name in monitors else ""
-        axis.set_title({"total": "weighted total", "grad_norm": "gradient norm"}.get(name, name) + note, fontsize=11)
-        axis.set_xlabel("step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
-    axes.flat[0].legend(fontsize=8)
-    with write_whole(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
-    plt.close(figure)
+    with plt.rc_context(_style(names)):
+        figure, axes = plt.subplots(
+            math.ceil(len(names) / columns), columns, figsize=(4.6 * columns, 3.2 * math.ceil(len(names) / columns)),
+            squeeze=False, layout="constrained",
+        )  # fmt: skip
+        for axis, name in zip(axes.flat[: len(names)], names, strict=True):
+            points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            if points:
+                steps, values = zip(*points, strict=True)
+                window = [values[max(0, end - CURVE_WINDOW) : end] for end in range(1, len(values) + 1)]
+                axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8)
+                axis.plot(
+                    steps, [sum(w) / len(w) for w in window], color="C0", label=f"training, mean of {CURVE_WINDOW}"
+                )
+            held_out = [(row["step"], row[f"val_{name}"]) for row in rows if f"val_{name}" in row]
+            if held_out:
+                axis.axhline(held_out[0][1], color="C1", linestyle=":", linewidth=1.2, label="held out, before")
+                axis.plot(
+                    *zip(*held_out, strict=True), "o-", color="C1", markersize=4, label="held out, as at test time"
+                )
+            note = " (monitor, never trained on)" if name in monitors else ""
+            axis.set_title(TITLES.get(name) or plot_text(name) + note, fontsize=11)
+            axis.set_xlabel("step")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        for axis in list(axes.flat)[len(names) :]:
+            axis.set_visible(False)
+        axes.flat[0].legend(fontsize=8)
+        with write_whole(path) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=130)
+        plt.close(figure)
+
+
+def _style(labels):
+    """Matplotlib settings for a plot whose labels users chose."""
+    return {
+        "text.parse_math": False,  # names may contain dollar signs
+        "svg.hashsalt": "",  # reproducible files
+        "font.family": plot_families(labels),
+    }
 
 
 def difference_plot(records, runs, kind="png"):
-    """Mean differences to the first of `runs` (names) with their intervals: a panel a score, a line a group of prompts.
+    """Plot mean differences to the first of `runs` (names) with intervals: a panel per score, a line per group.
 
-    records: of comparison.compare_groups. Returns the bytes of a PNG or SVG file.
+    records: from statistics.compare_groups. Returns the bytes of a PNG or SVG file.
     """
     scores = list(dict.fromkeys(record["score"] for record in records))
     groups = list(dict.fromkeys((record["by"], record["group"]) for record in records))
     kinds = list(dict.fromkeys(by for by, _ in groups))
     places = {group: i + 0.7 * kinds.index(group[0]) for i, group in enumerate(groups)}  # a gap between kinds
     size = (2.2 + 2.9 * len(scores), 1.5 + 0.3 * max(places.values()) + 0.3 * (len(runs) > 2))
-    labels = [*runs, *scores, *(group for _, group in groups)]
-    style = {
-        "text.parse_math": False,  # a name may hold dollar signs
-        "svg.hashsalt": "",  # the same file every time
-        "font.family": plot_families(labels),
-    }
+    style = _style([*runs, *scores, *(group for _, group in groups)])
     runs = [plot_text(run) for run in runs]
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, squeeze=False, layout="constrained")

@@ -1,4 +1,4 @@
-"""Pages that open from the disk and need nothing else: templates, filled with tables, data and images."""
+"""HTML pages that open from the disk and load nothing else: templates filled with tables, data and images."""
 
 import base64
 import io
@@ -8,50 +8,47 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from textcraftor.errors import first_line
+from textcraftor.files import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
-BLOCK = 16  # prompts whose images stand in one block, the least that the page unpacks at once
-LOSSLESS = 128  # pixels: up to this size images are too small to lose anything
+BLOCK = 16  # prompts whose images share one script element; the page decodes one element at a time
+LOSSLESS = 128  # pixels; images up to this size are stored without loss
 
 
 def write_page(path, template, parts):
     """Write a template with every {{name}} replaced by parts[name], whole or not at all.
 
-    A part is a text or an iterable of texts, which are written one by one: a page may be larger than memory.
+    A part is a string, or an iterable of strings written one by one, so that a page may be larger than memory.
     """
     pieces = re.split(r"\{\{(\w+)\}\}", (TEMPLATES / template).read_text(encoding="utf-8"))
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            # One pass: what is put in is never searched, whatever a prompt says.
-            for i, piece in enumerate(pieces):
-                part = parts[piece] if i % 2 else piece
-                file.writelines([part] if isinstance(part, str) else part)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # A folder's name may hold bytes that are not UTF-8, which Python reads as lone surrogates.
+    with write_whole(path) as unfinished, open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
+        # The template is split once, so {{name}} in a prompt is never replaced.
+        for i, piece in enumerate(pieces):
+            part = parts[piece] if i % 2 else piece
+            file.writelines([part] if isinstance(part, str) else part)
 
 
 def embed_json(content):
-    """JSON that can stand in a script element: it holds no `<`, so nothing in it ends the element."""
+    """JSON for a script element: without any `<`, so that nothing in it can end the element."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def image_blocks(paths, size, problems):
-    """Yield script elements with the images of `paths`, N rows of R files: a data URI a line, row after row.
+    """Yield script elements with the images of `paths`, N rows of R files: one data URI per line, row by row.
 
-    size: longest side in pixels. The line of a file that is missing or cannot be decoded is empty, and `problems`
-    gets {path: why}.
+    size: longest side in pixels. For a file that is missing or cannot be decoded, the line is empty and `problems`
+    gets {path: reason}.
     """
 
     def embed(path):
         try:
             return path, data_uri(path, size), ""
-        except Exception as problem:  # every format's decoder raises its own kinds
+        except Exception as problem:  # each image format's decoder raises its own kinds
             return path, "", getattr(problem, "strerror", None) or first_line(problem)
 
     flat = [path for row in paths for path in row]
@@ -68,20 +65,30 @@ def image_blocks(paths, size, problems):
 
 
 def data_uri(path, size):
-    """An image file as a data URI of at most `size` pixels a side: WebP, or the file itself if it is small already."""
+    """An image file as a data URI, at most `size` pixels a side. Small JPEG and WebP files stay as they are."""
     with Image.open(path) as picture:
         if picture.format in ("JPEG", "WEBP") and max(picture.size) <= size:
             picture.load()
             return _uri(picture.format.lower(), Path(path).read_bytes())
-        picture = picture.convert("RGB")
+        picture = _as_rgb(ImageOps.exif_transpose(picture))
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=85, method=2, lossless=max(picture.size) <= LOSSLESS)
     return _uri("webp", file.getvalue())
 
 
+def _as_rgb(picture):
+    """8-bit RGB: 16-bit grey is scaled (Pillow would clip it to white), transparent pixels show white."""
+    if picture.mode.startswith("I;16"):
+        picture = picture.point(lambda value: value / 257, "L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def svg_uri(content):
-    """The bytes of an SVG file as a data URI: an image, in which nothing runs."""
+    """The bytes of an SVG file as a data URI. Shown as an image, it cannot run scripts."""
     return _uri("svg+xml", content)
 
 

@@ -1,4 +1,4 @@
-"""What a comparison says: tables on the screen, and report.html."""
+"""The results of a comparison as text tables and as report.html."""
 
 import math
 from html import escape
@@ -6,17 +6,19 @@ from html import escape
 from textcraftor.comparison.pages import BLOCK, embed_json, image_blocks, svg_uri, write_page
 from textcraftor.comparison.runs import scored_prompts
 from textcraftor.pictures import difference_plot
+from textcraftor.statistics import BOOTSTRAP_FROM, RESAMPLES
 
 METHOD = (
-    "Paired by prompt. Differences: mean over prompts, with 95 % percentile bootstrap intervals, prompts resampled "
-    "10,000 times, those of a group within the group. Win rates: share of prompts with the higher score, ties counted "
-    "half, with 95 % Wilson intervals. Intervals of differences from fewer than some 20 prompts are too narrow; of 20 "
-    "intervals that hold no real difference, one excludes zero by chance."
+    "Runs are paired by prompt. Differences: mean over prompts with a 95 % interval, from the percentile bootstrap "
+    f"({RESAMPLES:,} resamples, each group resampled by itself) if there are {BOOTSTRAP_FROM} prompts or more, by "
+    "Student's t if there are fewer; a single prompt has no interval. Win rates: share of prompts with the higher "
+    "score, ties counted half, with 95 % Wilson intervals. Where there is no real difference, one interval in 20 "
+    "excludes zero by chance."
 )
 
 
 def decimals(records):
-    """{score: decimals that show two digits of its interval over all prompts}."""
+    """{score: number of decimals that shows two digits of the half width of its interval over all prompts}."""
     found = {}
     for record in records:
         if record["by"] == "all":
@@ -27,7 +29,7 @@ def decimals(records):
 
 
 def signed(value, places):
-    """A difference as text, with its sign and a real minus."""
+    """A difference as text, with its sign; a true minus, not a hyphen."""
     text = f"{value:+.{places}f}"
     return (text[1:] if float(text) == 0 else text).replace("-", "−")
 
@@ -37,19 +39,19 @@ def _number(value, places):
 
 
 def interval(record, places):
-    """The interval of a difference as text."""
+    """The interval of a record's difference, as text."""
     if record["low"] is None:
         return "–"
     return f"{signed(record['low'], places)} … {signed(record['high'], places)}"
 
 
 def clear(record):
-    """Whether the interval of a difference excludes zero: 1 above, −1 below, 0 if not."""
+    """1 if the interval of a record's difference lies above zero, -1 if below, 0 if it includes zero."""
     return 0 if record["low"] is None else (record["low"] > 0) - (record["high"] < 0)
 
 
 def comparison_tables(about, records):
-    """The comparison as tables for the screen."""
+    """The comparison as text tables."""
     places = decimals(records)
     runs = about["runs"]
     lines = [f"{about['benchmark']}: {about['prompts']} prompts paired"]
@@ -59,8 +61,8 @@ def comparison_tables(about, records):
         mine = [record for record in records if record["run"] == number]
         label = runs[number]["label"]
         for title, cell in (
-            (f"{label} − A, mean difference and 95 % bootstrap interval", _difference_cell),
-            (f"{label} against A, win rate in % and 95 % Wilson interval, ties counted half", _rate_cell),
+            (f"{label} − A, mean difference [95 % interval]", _difference_cell),
+            (f"{label} against A, win rate in % [95 % Wilson interval], ties counted half", _rate_cell),
         ):
             lines += ["", title, "".join([f"{'':<26}{'prompts':>8}", *(f"{name:>31}" for name in places)])]
             rows = {}
@@ -85,9 +87,9 @@ def _rate_cell(record, _):
 
 
 def write_report(path, about, records, runs, keys, scores, image_size):
-    """Write report.html; scores (R, N, K) of the runs, paired prompts `keys` and the scores in the records' order.
+    """Write report.html and return {path: reason} of the images that could not be read.
 
-    Returns {path: why} of the images that could not be read.
+    scores: (R, N, K), of the R runs, the N paired prompts `keys`, and the K scores in the order of the records.
     """
     places = decimals(records)
     names = list(places)
@@ -112,7 +114,7 @@ def write_report(path, about, records, runs, keys, scores, image_size):
         "overall": _overall_table(about, records),
         "plots": "".join(
             f'<img src="{svg_uri(difference_plot(mine, run_names, "svg"))}" alt="Differences in {escape(name)}, '
-            'overall and by group; the same figures stand in the tables">\n'
+            'overall and by group; the tables have the same numbers">\n'
             for name, mine in zip(names, plots, strict=True)
         ),
         "groups": "".join(_group_table(about, records, run) for run in range(1, len(runs))),
@@ -155,7 +157,7 @@ def _overall_table(about, records):
 
 
 def _group_table(about, records, run):
-    """One table of all groups, for one run against the first: a difference and a win rate for each score."""
+    """One table of all groups for one run against the first: difference and win rate for each score."""
     places = decimals(records)
     rows = {}
     for record in records:

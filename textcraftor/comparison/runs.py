@@ -1,4 +1,4 @@
-"""Output folders of test_parti.py and test_hpsv2.py, read to be compared."""
+"""Read the output folders of test_parti.py and test_hpsv2.py, and find what can be compared between them."""
 
 import csv
 import hashlib
@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 from textcraftor.errors import UserError, first_line
 
-# Settings that are expected to differ, being what is compared.
-COMPARED = ("text_path (sha256)", "unet (sha256)", "prompt_eng (sha256)")
+COMPARED = ("text_path (sha256)", "unet (sha256)", "prompt_eng (sha256)")  # settings that users compare on purpose
 SOURCES = ("model", "text_path", "unet_path", "prompt_eng", "score_only")
 UNKNOWN = "–"
+REQUIRED = ("index", "prompt", "category", "file")
+OPTIONAL = ("challenge", "extended")
+AGAIN = "run the benchmark again with the same --output_path"
 
 
 class Run(NamedTuple):
-    """One run: its settings, and its rows by (index, prompt), with scores as floats or a "problem"."""
+    """One run. rows: by (index, prompt), each with its scores as floats or with a "problem"."""
 
-    label: str  # A, B, …
+    label: str  # A, B, ...
     name: str
     folder: Path
     settings: dict
@@ -28,18 +30,18 @@ class Run(NamedTuple):
     rows: dict[tuple[int, str], dict]
 
     def image(self, key):
-        """The path of an image; one that --score_only scored lies in the folder that it was given, if that is there."""
+        """The path of an image. After --score_only, images are in the folder that was scored, if it still exists."""
         folder = Path(self.settings.get("score_only") or self.folder)
         return (folder if folder.is_dir() else self.folder) / self.rows[key]["file"]
 
 
 def read_runs(folders):
-    """Runs A, B, … of the folders; UserError for a folder that is no finished run, or if they cannot be compared."""
+    """Read the folders as runs A, B, ...; UserError if one is not a finished run, or the runs are not comparable."""
     folders = [Path(folder) for folder in folders]
     if len(folders) > len(string.ascii_uppercase):
-        raise UserError(f"{len(folders)} runs: at most {len(string.ascii_uppercase)} can be compared")
+        raise UserError(f"{len(folders)} runs given, but at most {len(string.ascii_uppercase)} can be compared")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("a run is named twice; name different ones")
+        raise UserError("the same run is given twice; give different ones")
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -50,91 +52,138 @@ def read_runs(folders):
 
 
 def read_run(label, name, folder):
-    """The run in a folder; UserError, one line, for what is missing or malformed."""
+    """Read one run; UserError, in one line, if a file is missing, incomplete or damaged."""
     if not (folder / "summary.json").is_file():
         raise UserError(
-            f"{folder}: no summary.json in it; expected the output folder of a finished test_parti.py or test_hpsv2.py"
+            f"{folder}: no summary.json found; expected the output folder of a finished test_parti.py or test_hpsv2.py"
         )
+    settings, summary = _read_object(folder / "settings.json"), _read_object(folder / "summary.json")
+    scores = summary.get("scores")
+    if not isinstance(scores, dict) or not scores:
+        raise UserError(f"{folder / 'summary.json'}: lists no scores; {AGAIN}")
+    if not isinstance(settings.get("benchmark"), str):
+        raise UserError(f"{folder / 'settings.json'}: does not say which benchmark was run; {AGAIN}")
+    rows = _read_scores(folder / "scores.csv", list(scores))
+    images = summary.get("images")
+    expected = images.get("scored") if isinstance(images, dict) else None
+    found = sum("problem" not in row for row in rows.values())
+    if expected not in (None, found):
+        raise UserError(f"{folder / 'scores.csv'}: has {found} scored images, summary.json says {expected}; {AGAIN}")
+    return Run(label, name, folder, settings, summary, list(scores), rows)
+
+
+def _read_object(path):
+    """The object in a JSON file."""
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        scores = list(summary["scores"])
-        with open(folder / "scores.csv", encoding="utf-8", newline="") as file:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path}: cannot be read ({_reason(problem)}); {AGAIN}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; {AGAIN}")
+    return content
+
+
+def _reason(problem):
+    """What an exception says, without the path that an OSError repeats."""
+    return getattr(problem, "strerror", None) or first_line(problem)
+
+
+def _read_scores(path, scores):
+    """The rows of a scores.csv by (index, prompt)."""
+    rows = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             reader = csv.DictReader(file)
-            rows = [_read_row(row, scores, f"{folder / 'scores.csv'}, line {reader.line_num}") for row in reader]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{folder}: cannot be read as a benchmark's run ({first_line(problem)})") from problem
-    if not scores or "benchmark" not in settings:
-        raise UserError(f"{folder}: holds no scores of a benchmark")
-    return Run(label, name, folder, settings, summary, scores, {(row["index"], row["prompt"]): row for row in rows})
+            missing = [name for name in (*REQUIRED, *scores) if name not in (reader.fieldnames or ())]
+            if missing:
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise UserError(f"{path}: no column {missing[0]!r}, found columns: {found}; {AGAIN}")
+            for cells in reader:
+                place = f"{path}, line {reader.line_num}"
+                row = _read_row(cells, scores, place)
+                if rows.setdefault((row["index"], row["prompt"]), row) is not row:
+                    raise UserError(f"{place}: image {row['index']} is listed twice; {AGAIN}")
+    except (OSError, ValueError, csv.Error) as problem:
+        raise UserError(f"{path}: cannot be read ({_reason(problem)}); {AGAIN}") from problem
+    return rows
 
 
 def _read_row(cells, scores, place):
-    row = {name: cells[name] for name in ("prompt", "category", "file")} | {"index": int(cells["index"])}
-    row |= {name: cells[name] for name in ("challenge", "extended") if name in cells}
+    """One row of scores.csv, checked; a row without scores gets a "problem"."""
+    if None in cells or None in cells.values():
+        raise UserError(f"{place}: has more or fewer cells than the header; {AGAIN}")
+    if not cells["index"].isdecimal():
+        raise UserError(f"{place}: index is {cells['index']!r}, expected a whole number; {AGAIN}")
+    row = {name: cells[name] for name in (*REQUIRED, *OPTIONAL) if name in cells} | {"index": int(cells["index"])}
     if not all(cells[name] for name in scores):
         return row | {"problem": "no score"}
-    row |= {name: float(cells[name]) for name in scores}
     for name in scores:
+        try:
+            row[name] = float(cells[name])
+        except ValueError:
+            row[name] = math.nan
         if not math.isfinite(row[name]):
-            raise UserError(f"{place}: {name} is {cells[name]}, no number to compare; run the benchmark again")
+            raise UserError(f"{place}: {name} is {cells[name]}, expected a finite number; {AGAIN}")
     return row
 
 
 def check_comparable(first, other):
-    """Raise UserError if the two runs' scores mean different things."""
+    """Raise UserError if scores of the two runs have different meanings."""
 
-    def refuse(what, before, after, remedy):
-        raise UserError(f"{first.folder} and {other.folder} differ in {what} ({before}, {after}): {remedy}")
+    def refuse(what, name, remedy):
+        values = ", ".join(_short(name, run.settings.get(name)) for run in (first, other))
+        raise UserError(f"{first.folder} and {other.folder} differ in {what} ({values}): {remedy}")
 
     ours, theirs = first.settings, other.settings
     for name, remedy in (
-        ("benchmark", "compare runs of the same one"),
-        ("prompts (sha256)", "compare runs of the same list of prompts"),
-        ("hps_version", "score the images of one again with --score_only, the other's --hps_version and a new folder"),
+        ("benchmark", "compare runs of the same benchmark"),
+        ("prompts (sha256)", "compare runs on the same list of prompts"),
     ):
         if ours.get(name) != theirs.get(name):
-            refuse(name, _short(name, ours.get(name)), _short(name, theirs.get(name)), remedy)
-    for score in first.scores:
+            refuse(name, name, remedy)
+    shared = [score for score in first.scores if score in other.scores]
+    for score in shared:
         name = f"{score} (sha256)"
-        if score in other.scores and ours.get(name) != theirs.get(name):
-            values = _short(name, ours.get(name)), _short(name, theirs.get(name))
-            refuse(f"the weights of {score}", *values, "score the images of both with the same, by --score_only")
-    if not set(first.scores) & set(other.scores):
-        raise UserError(f"{first.folder} and {other.folder} have no score in common")
+        if ours.get(name) != theirs.get(name):
+            refuse(f"the weights of {score}", name, "score the images of both with the same weights, by --score_only")
+    if not shared:
+        names = " and ".join(f"{run.folder} ({', '.join(run.scores)})" for run in (first, other))
+        raise UserError(
+            f"no score in common: {names}; score the images of one of them as in the other, by --score_only"
+        )
 
 
 def pair(runs):
-    """What can be compared: ([score], [(index, prompt)] of the images that every run has scored).
+    """Return ([score], [(index, prompt)]): the scores that all runs have, and the images that all runs have scored.
 
-    Raises UserError if nothing is left.
+    Raises UserError if either is empty.
     """
     columns = [name for name in runs[0].scores if all(name in run.scores for run in runs)]
     if not columns:
-        raise UserError("the runs have no score that all of them share")
+        raise UserError("no score in common to all runs")
     keys = [key for key in runs[0].rows if all("problem" not in run.rows.get(key, {"problem": ""}) for run in runs)]
     if not keys:
-        raise UserError("the runs have no prompt that all of them have an image of")
+        raise UserError("no prompt in common whose image every run has scored")
     return columns, keys
 
 
 def notes(runs, columns, keys):
-    """What a reader of the comparison must know, as lines: what was left out, and what else sets the runs apart."""
+    """What a reader of the comparison must know, as lines: what was left out, and how else the runs differ."""
     lines = []
     for run in runs:
         problems = sum("problem" in row for row in run.rows.values())
         unpaired = len(run.rows) - len(keys) - problems
-        for count, why in ((problems, "have no score"), (unpaired, "have no partner in every other run")):
+        for count, why in ((problems, "have no score"), (unpaired, "were not scored in every other run")):
             if count:
-                lines.append(f"{run.label}: {count} of {len(run.rows)} images {why} and are left out")
+                lines.append(f"{run.label}: {count} of {len(run.rows)} images are left out: they {why}")
     for score in dict.fromkeys(name for run in runs for name in run.scores):
         if score not in columns:
-            having = ", ".join(run.label for run in runs if score in run.scores)
-            lines.append(f"{score} is left out, being known of {having} alone")
+            lacking = ", ".join(run.label for run in runs if score not in run.scores)
+            lines.append(f"{score} is left out: not measured in {lacking}")
     prompts = [scored_prompts(run) for run in runs]
     if len(set(prompts)) > 1:
         told = ", ".join(f"{run.label} with the {kind} ones" for run, kind in zip(runs, prompts, strict=True))
-        lines.append(f"scored with different prompts: {told}")
+        lines.append(f"the runs were scored with different prompts: {told}")
     lines += [f"{run.label}: how its images were made is not known" for run in runs if "seed" not in run.settings]
     for name, values in settings_table(runs).items():
         if len({*values} - {UNKNOWN}) > 1 and name not in (*COMPARED, *SOURCES, "score_prompt"):
@@ -144,12 +193,12 @@ def notes(runs, columns, keys):
 
 
 def scored_prompts(run):
-    """Which prompts a run's scores use: those of the benchmark or those that a language model extended."""
+    """Which prompts a run was scored with: "original" (the benchmark's) or "extended" (by a language model)."""
     return run.settings.get("score_prompt", "original")
 
 
 def settings_table(runs):
-    """{name: [value of each run]} of all that the runs were made and scored with."""
+    """{name: [value of each run]} of everything the runs' images were made and scored with."""
     every = [{name: run.summary.get(name) for name in SOURCES} | run.settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     table = {name: [_short(name, settings.get(name)) for settings in every] for name in names}
@@ -163,7 +212,7 @@ def _short(name, value):
 
 
 def comparison_hash(runs):
-    """Names the comparison of just these results, in this order."""
+    """A hash of the runs' settings and scores, in the order of the runs: votes are only valid for these."""
     digest = hashlib.sha256()
     for run in runs:
         for file in ("settings.json", "scores.csv"):

@@ -1,8 +1,8 @@
-"""Human preference between two runs: the page for votes, blind.html, and what its votes say.
+"""Human preference between two runs: the voting page, blind.html, and what its votes say.
 
-A page shows two pictures of one prompt, either first by chance, and exports votes.json: {"comparison": what
-runs.comparison_hash says, "benchmark", "runs": [names of A and B], "rater": drawn by the page, "votes": [{"index",
-"prompt", "category", "challenge" (PartiPrompts only), "first": "A" or "B", "preferred": "A", "B" or "tie"}]}.
+The page shows two pictures of one prompt in random order and exports votes.json: {"comparison": runs.comparison_hash,
+"benchmark", "runs": [names of A and B], "rater": a random name made by the page, "votes": [{"index", "prompt",
+"category", "challenge" (PartiPrompts only), "first": "A" or "B", "preferred": "A", "B" or "tie"}]}.
 """
 
 import base64
@@ -20,10 +20,10 @@ SHARE_OF_B = {"A": 0.0, "tie": 0.5, "B": 1.0}
 
 
 def write_blind(path, runs, keys, seed, limit, image_size):
-    """Write blind.html: the paired prompts `keys`, or `limit` of them, in an order drawn by the seed, sides as well.
+    """Write blind.html for the paired prompts `keys`, or `limit` of them, in random order and with random sides.
 
-    Which side is which is packed away from a glance, with the names and categories, until the votes are exported.
-    Raises UserError if an image cannot be read.
+    The page keeps the names of the runs, the categories and which side is which encoded, so that nobody sees them by
+    accident before the votes are exported. Raises UserError if an image cannot be read.
     """
     order = np.random.default_rng(seed).permutation(len(keys))[: limit or None]
     keys = [keys[i] for i in order]
@@ -49,29 +49,29 @@ def write_blind(path, runs, keys, seed, limit, image_size):
         for block in image_blocks(paths, image_size, problems):
             if problems:
                 ((file, why),) = problems.items()
-                raise UserError(f"{file}: {why}; a vote needs both pictures of a prompt")
+                raise UserError(f"{file}: {why}; people can only vote if both pictures of a prompt exist")
             yield block
 
     write_page(path, "blind.html", {"data": embed_json(page), "images": images()})
 
 
 def read_votes(paths):
-    """The votes of one or more files, a list of dicts each; UserError unless all are of one comparison.
+    """Read files of votes; returns (about: {"comparison", "benchmark", "runs"}, [[vote], one list per file]).
 
-    Returns (about: {"comparison", "benchmark", "runs"}, [[vote]]).
+    Raises UserError if a file is damaged, or if they belong to different comparisons or twice to one rater.
     """
     files = [_read_file(Path(path)) for path in paths]
     about = {name: files[0][name] for name in ("comparison", "benchmark", "runs")}
     for path, file in zip(paths, files, strict=True):
         if file["comparison"] != about["comparison"]:
             raise UserError(
-                f"{path}: votes on {' against '.join(file['runs'])} ({file['comparison']}), those of {paths[0]} are on "
-                f"{' against '.join(about['runs'])} ({about['comparison']}); report them apart"
+                f"{path}: votes on {' against '.join(file['runs'])} ({file['comparison']}), but {paths[0]}: votes on "
+                f"{' against '.join(about['runs'])} ({about['comparison']}); report them separately"
             )
     raters = [file["rater"] for file in files]
     for i, rater in enumerate(raters):
         if rater in raters[:i]:
-            raise UserError(f"{paths[i]} and {paths[raters.index(rater)]}: of one rater; name the latest of them alone")
+            raise UserError(f"{paths[i]} and {paths[raters.index(rater)]}: by the same rater; give only the later one")
     return about, [file["votes"] for file in files]
 
 
@@ -79,13 +79,14 @@ def _read_file(path):
     try:
         file = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read ({first_line(problem)}); expected votes.json of a page") from problem
+        reason = getattr(problem, "strerror", None) or first_line(problem)
+        raise UserError(f"{path}: cannot be read ({reason}); expected votes exported from a --blind page") from problem
     if not _is_votes(file):
-        raise UserError(f"{path}: holds no votes; expected what the page of --blind exports")
+        raise UserError(f"{path}: contains no valid votes; expected votes exported from a --blind page")
     if not file["votes"]:
-        raise UserError(f"{path}: nothing was voted yet")
+        raise UserError(f"{path}: contains no votes yet")
     if len({vote["index"] for vote in file["votes"]}) < len(file["votes"]):
-        raise UserError(f"{path}: votes twice on one prompt")
+        raise UserError(f"{path}: has two votes on the same prompt; export the votes again")
     return file
 
 
@@ -104,7 +105,7 @@ def _is_votes(file):
 
 
 def shares(votes):
-    """{(index, prompt): the share of B in the votes on it, ties counted half} of the votes of all files."""
+    """{(index, prompt): share of its votes that prefer B, ties counted half}, over all files."""
     found = {}
     for vote in (vote for file in votes for vote in file):
         found.setdefault((vote["index"], vote["prompt"]), []).append(SHARE_OF_B[vote["preferred"]])
@@ -112,10 +113,10 @@ def shares(votes):
 
 
 def preference(votes):
-    """How often B was preferred, overall and by category and challenge -> records.
+    """How often people preferred B, overall and by category and challenge, as records.
 
-    Each is {"by", "group", "prompts", "votes", "A", "B", "tie": votes, "preference": mean share of B over prompts, each
-    counted once however many voted on it, "low", "high": Wilson's interval over prompts}.
+    A record is {"by", "group", "prompts", "votes", "A", "B", "tie": numbers of votes, "preference": share of votes for
+    B, averaged over prompts so that each prompt counts once, "low", "high": Wilson's interval over prompts}.
     """
     every = [vote for file in votes for vote in file]
     kinds = [by for by in ("category", "challenge") if all(by in vote for vote in every)]
@@ -135,10 +136,10 @@ def preference(votes):
 
 
 def agreement(share, gain):
-    """How often scores agree with people: share (N,) of B in the votes, gain (N, K) of B's scores over A's.
+    """How often scores agree with people; share: (N,), of votes for B; gain: (N, K), scores of B minus scores of A.
 
-    Of the prompts with a preference, where a score says the same; where it says nothing counts half. Returns (rate
-    (K,), low and high of Wilson's interval (K, 2), how many prompts); NaN if there is no such prompt.
+    Counts the prompts on which people prefer one run: a score agrees if it is higher for that run; equal scores count
+    half. Returns (rates (K,), Wilson's intervals (K, 2), number of such prompts); NaN if there are none.
     """
     decided = share != 0.5
     if not decided.any():
@@ -149,23 +150,25 @@ def agreement(share, gain):
 
 
 def preference_table(about, votes, records, agreements):
-    """What was voted, as text; agreements: {score: {"agreement", "low", "high", "prompts"}} or empty."""
+    """The votes as a text table; agreements: {score: {"agreement", "low", "high", "prompts"}}, or empty."""
     first, other = about["runs"]
     firsts = [vote["preferred"] == vote["first"] for file in votes for vote in file if vote["preferred"] != "tie"]
     count = records[0]["votes"]
     raters = f"{len(votes)} rater{'s' * (len(votes) > 1)}"
-    lines = [f"{about['benchmark']}: {count} votes of {raters}", f"A  {first}", f"B  {other}", ""]
+    lines = [f"{about['benchmark']}: {count} votes by {raters}", f"A  {first}", f"B  {other}", ""]
     lines.append(f"{'':<26}" + "".join(f"{name:>9}" for name in ("prompts", "A better", "B better", "tie")))
     lines[-1] += f"{'B preferred, % [95 % interval]':>34}"
     for record in records:
         counts = "".join(f"{record[name]:>9}" for name in ("prompts", "A", "B", "tie"))
         lines.append(f"{record['group']:<26}{counts}{_rate(record, 'preference'):>34}")
-    lines.append("ties count half, each prompt once; Wilson's interval over prompts")
+    lines.append("ties count half; each prompt counts once; Wilson's interval over prompts")
     if firsts:
-        lines.append(f"the left (upper) picture won {100 * np.mean(firsts):.0f} % of the votes that are no tie")
+        lines.append(f"the left (upper) picture won {100 * np.mean(firsts):.0f} % of the votes that were not ties")
     for name, found in agreements.items():
         told = _rate(found, "agreement")
-        lines.append(f"{name} agrees with the votes on {told} % of the {found['prompts']} prompts with a preference")
+        lines.append(
+            f"{name} agrees with the votes on {told} % of the {found['prompts']} prompts where people prefer one"
+        )
     return "\n".join(lines)
 
 
