@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -237,7 +238,7 @@ def test_bad_rows_of_other_files(tmp_path, monkeypatch):
     half = b'{"prompt": "half a fox \\ud83e"}\n{"prompt": "a \\ud83e\\udd8a"}\n'  # the second is a whole fox
     for name, content, prompts, bad in (
         ("p.txt", b"a fox\na caf\xe9\n\0\na dog\n\xed\xa0\xbd", ["a fox", "a dog"], [2, 3, 5]),
-        ("p.jsonl", b'"a fox"\nnot json\n{"prompt": 5}\n\n"a dog"\n{"prom', ["a fox", "a dog"], [2, 3, 6]),
+        ("p.jsonl", b'"a fox"\nnot json\n5\n\n{"prompt": "a dog"}\n{"prom', ["a fox", "a dog"], [2, 3, 6]),
         ("p.jsonl", half + b'{"prompt": null}\n{}\n', ["a \U0001f98a"], [1, 4]),
         ("p.json", b'[{"prompt": "a fox"}, {"prompt": "\\udd8a"}, {"prompt": ["a"]}]', ["a fox"], [2, 3]),
     ):
@@ -341,7 +342,7 @@ def test_the_checksum_is_that_of_the_order():
     first, second = ["a", "b"] * 3, ["b", "a"] * 3
     assert checksum(first) == checksum(list(first)) != checksum(second)
     assert checksum(["a, b"]) != checksum(["a", "b"])
-    assert checksum(["a", "b"]) == 0xDF69D6A6  # resumed runs compare with what they wrote down
+    assert checksum(["a", "é"]) == crc32("a\0é\0".encode())  # a resumed run compares it with the one it wrote down
 
 
 def test_held_out_prompts_are_not_trained_on(tmp_path):
@@ -372,7 +373,8 @@ from textcraftor.stream import share_prompts
 def main():
     accelerator = Accelerator(cpu=True)
     prompts, held_out, reports = share_prompts(accelerator, sys.argv[1], None, 2)
-    print(f"process {accelerator.process_index}: {checksum(prompts)} {prompts[-1]} {held_out} {len(reports)}\\n", end="")
+    found = f"{checksum(prompts)} {prompts[-1]} {held_out} {len(reports)}"
+    print(f"process {accelerator.process_index}: {found}\\n", end="")
     accelerator.end_training()
 
 run_program(main)
@@ -390,13 +392,14 @@ def test_processes_share_one_file_and_one_error(tmp_path):
             sys.executable,
             "-m",
             "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=0",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
             program,
             path,
         ]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder)}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder), "ACCELERATE_USE_CPU": "true"}
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
 
     done = launch()
     wanted = f"{checksum(['a fox', 'an owl'])} an owl ['a cat', 'a dog'] 1"

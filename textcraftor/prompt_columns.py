@@ -99,7 +99,10 @@ def split(line: str, delimiter: str) -> list[str]:
     line = line.rstrip("\r\n")
     if delimiter == "\t":
         return [unquoted(cell) for cell in line.split("\t")]
-    return next(csv.reader([line], delimiter=delimiter), [""])
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [""])
+    except csv.Error:  # a carriage return within the line
+        return line.split(delimiter)
 
 
 def unquoted(cell: str) -> str:

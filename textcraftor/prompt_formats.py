@@ -195,7 +195,9 @@ def _parquet(path):
     kinds = [_arrow_kind(field.type) for field in schema]
     texts = [name for name, kind in zip(schema.names, kinds, strict=True) if not kind]
     head = next(file.iter_batches(SAMPLE, columns=texts), None) if texts else None
-    samples = [kind or (head[name].to_pylist() if head else []) for name, kind in zip(schema.names, kinds, strict=True)]
+    samples = [
+        kind or (list(_arrow_texts(head[name])) if head else []) for name, kind in zip(schema.names, kinds, strict=True)
+    ]
     column = schema.names[choose_column(path, schema.names, samples)]
     values = chain.from_iterable(map(_arrow_texts, (batch[column] for batch in file.iter_batches(columns=[column]))))
     return column, _pieces(enumerate(values, 1))
