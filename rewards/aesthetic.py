@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rewards.base import Reward, at_least_fp32
 from rewards.towers import (
-    Normalization,
+    OPENAI,
     build_empty,
     fill,
     find_tower,
@@ -33,7 +33,7 @@ class Aesthetic(Reward):
     name = "aesthetic"
     scale = 3.0
 
-    def __init__(self, visual: nn.Module, normalization: Normalization, head: nn.Module):
+    def __init__(self, visual: nn.Module, head: nn.Module, normalization=OPENAI):
         super().__init__()
         self.tower, self.head = visual, head
         self.mean, self.std = normalization
@@ -64,7 +64,7 @@ def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Aestheti
             f"{path} takes image embeddings of {head[0].in_features} numbers, the tower gives {visual.output_dim}; "
             "put the head and the tower of the same model there"
         )
-    reward = Aesthetic(visual, open_clip_normalization(architecture), head.to(at_least_fp32(dtype)))
+    reward = Aesthetic(visual, head.to(at_least_fp32(dtype)), open_clip_normalization(architecture))
     return reward.frozen(device, dtype)
 
 

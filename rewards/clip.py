@@ -9,10 +9,11 @@ from rewards.towers import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_FILES,
     TRANSFORMERS_FILES,
-    OpenClipReward,
     TransformersReward,
     find_tower,
     find_weights,
+    load_open_clip,
+    load_transformers,
     missing_tower,
     missing_weights,
 )
@@ -34,9 +35,9 @@ def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Reward:
     """The CLIP reward, about 0.3 for a matching pair; UserError if the weights do not fit."""
     folder = root / "clip"
     if is_transformers(folder):
-        reward = TransformersReward("clip", SCALE, folder)
+        reward = TransformersReward("clip", SCALE, *load_transformers(folder))
     else:
-        reward = OpenClipReward("clip", SCALE, *find_tower(folder, *TOWER))
+        reward = load_open_clip("clip", SCALE, *find_tower(folder, *TOWER))
     return reward.frozen(device, dtype)
 
 

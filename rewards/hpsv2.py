@@ -13,6 +13,7 @@ from rewards.towers import (
     TRANSFORMERS_FILES,
     OpenClipReward,
     find_weights,
+    load_open_clip,
     missing_weights,
 )
 from textcraftor.downloads import command
@@ -34,7 +35,7 @@ def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: st
     folder = root / "hpsv2"
     architecture = f"local-dir:{folder}" if (folder / OPEN_CLIP_CONFIG).is_file() else "ViT-H-14"
     weights = find_weights(folder, FILES[version])
-    return OpenClipReward("hpsv2", 100.0, architecture, weights).frozen(device, dtype)
+    return load_open_clip("hpsv2", 100.0, architecture, weights).frozen(device, dtype)
 
 
 def prepare(picture: Image.Image, size: int) -> Tensor:

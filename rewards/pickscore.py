@@ -4,17 +4,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import CLIPModel
 
-from rewards.towers import TRANSFORMERS_FILES, TransformersReward, missing_file, missing_weights
+from rewards.towers import (
+    OPENAI,
+    TRANSFORMERS_FILES,
+    TransformersReward,
+    load_transformers,
+    missing_file,
+    missing_weights,
+)
 from textcraftor.downloads import command
 
 
 class PickScore(TransformersReward):
     """A cosine like any CLIP's, multiplied by the model's own temperature."""
 
-    def __init__(self, folder: Path):
-        super().__init__("pickscore", 1.0, folder)
-        self.logit_scale = self.tower.logit_scale.exp().item()  # a Python float: bf16 would change it by one percent
+    def __init__(self, model: CLIPModel, tokenizer, normalization=OPENAI):
+        super().__init__("pickscore", 1.0, model, tokenizer, normalization)
+        self.logit_scale = model.logit_scale.exp().item()  # a Python float: bf16 would change it by one percent
 
     def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
         return self.logit_scale * super().score(image_features, prompts)
@@ -28,4 +36,4 @@ def missing(root: Path) -> list[str]:
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> PickScore:
     """The PickScore reward, about 20; UserError if the weights do not fit the configuration."""
-    return PickScore(root / "pickscore" / "pickmodel").frozen(device, dtype)
+    return PickScore(*load_transformers(root / "pickscore" / "pickmodel")).frozen(device, dtype)

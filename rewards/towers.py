@@ -43,22 +43,22 @@ Network = TypeVar("Network", bound=nn.Module)
 class Normalization(NamedTuple):
     """Mean and standard deviation per channel that a tower expects its pixels to be normalised with."""
 
-    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
-    std: tuple[float, ...] = OPENAI_DATASET_STD
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+OPENAI = Normalization(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 class OpenClipReward(Reward):
     """cos(image, text) of an open_clip model."""
 
-    def __init__(self, name: str, scale: float, architecture: str, weights: Path):
-        """architecture, weights: as for load_open_clip, which says what is raised."""
+    def __init__(self, name: str, scale: float, model: open_clip.CLIP, tokenizer, normalization=OPENAI):
         super().__init__()
-        self.name, self.scale = name, scale
-        self.tower = load_open_clip(architecture, weights)
-        self.tokenizer = load_open_clip_tokenizer(architecture, self.tower)
-        self.image_size = size_of(self.tower.visual)
-        self.mean, self.std = open_clip_normalization(architecture)
-        self.context_length = self.tower.context_length
+        self.name, self.scale, self.tower, self.tokenizer = name, scale, model, tokenizer
+        self.mean, self.std = normalization
+        self.image_size = size_of(model.visual)
+        self.context_length = model.context_length
 
     @property
     def visual(self) -> nn.Module:
@@ -77,19 +77,13 @@ class OpenClipReward(Reward):
 class TransformersReward(Reward):
     """cos(image, text) of a transformers CLIPModel."""
 
-    def __init__(self, name: str, scale: float, folder: Path):
-        """folder: with config.json and weights, tokenizer and preprocessor files optional.
-
-        Raises UserError if the configuration cannot be used or the weights or the tokenizer do not fit it.
-        """
+    def __init__(self, name: str, scale: float, model: CLIPModel, tokenizer, normalization=OPENAI):
         super().__init__()
-        self.name, self.scale = name, scale
-        self.tower = load_transformers(folder)
-        self.tokenizer = load_transformers_tokenizer(folder, self.tower)
-        size = self.tower.config.vision_config.image_size
+        self.name, self.scale, self.tower, self.tokenizer = name, scale, model, tokenizer
+        self.mean, self.std = normalization
+        size = model.config.vision_config.image_size
         self.image_size = (size, size)
-        self.mean, self.std = transformers_normalization(folder)
-        self.context_length = self.tower.config.text_config.max_position_embeddings
+        self.context_length = model.config.text_config.max_position_embeddings
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.tower.get_image_features(pixels).pooler_output
@@ -217,18 +211,20 @@ def fill(network: Network, state: dict[str, Tensor], path: Path) -> Network:
     return network
 
 
-def load_open_clip(architecture: str, weights: Path) -> open_clip.CLIP:
-    """An open_clip model in fp32 on the CPU, every weight read from the file `weights`.
+def load_open_clip(name: str, scale: float, architecture: str, weights: Path) -> OpenClipReward:
+    """The reward `name` by an open_clip model in fp32 on the CPU, every weight read from the file `weights`.
 
     `architecture` is a name known to open_clip, or `local-dir:FOLDER` for the one in FOLDER/open_clip_config.json.
-    Raises UserError if the configuration cannot be used or the weights do not fit it.
+    Raises UserError if the configuration cannot be used, or the weights or the tokenizer do not fit it.
     """
     model = build_open_clip(architecture)
-    return fill(model, read_open_clip(model, weights), weights)
+    fill(model, read_open_clip(model, weights), weights)
+    tokenizer = load_open_clip_tokenizer(architecture, model)
+    return OpenClipReward(name, scale, model, tokenizer, open_clip_normalization(architecture))
 
 
 def load_open_clip_visual(architecture: str, weights: Path) -> nn.Module:
-    """load_open_clip, but of the image tower alone; the file need not hold a text tower."""
+    """The image tower of an open_clip model alone, as load_open_clip loads it; the file need not hold a text tower."""
     model = build_open_clip(architecture)
     state = read_open_clip(model, weights)
     state = {name.removeprefix("visual."): state[name] for name in state if name.startswith("visual.")}
@@ -251,8 +247,11 @@ def read_open_clip(model: open_clip.CLIP, weights: Path) -> dict[str, Tensor]:
     return {name.removeprefix("text."): state[name] for name in state}  # where it was saved as a CustomTextCLIP
 
 
-def load_transformers(folder: Path) -> CLIPModel:
-    """A transformers CLIPModel in fp32 on the CPU; UserError if the weights do not fit the configuration."""
+def load_transformers(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase, Normalization]:
+    """The CLIPModel in a transformers folder, in fp32 on the CPU, and what belongs to it.
+
+    Raises UserError if the configuration cannot be used, or the weights or the tokenizer do not fit it.
+    """
     try:
         model = build_empty(lambda: CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)))
     except Exception as error:  # damaged json and unusable values each raise another kind
@@ -260,7 +259,8 @@ def load_transformers(folder: Path) -> CLIPModel:
     weights = find_weights(folder, TRANSFORMERS_FILES)
     state = read_clip(weights, "vision_model.embeddings.class_embedding", "a transformers CLIPModel")
     own = dict(zip(_flatten(model.state_dict()), model.state_dict(), strict=True))
-    return fill(model, {own.get(name, name): value for name, value in state.items()}, weights)
+    fill(model, {own.get(name, name): value for name, value in state.items()}, weights)
+    return model, load_transformers_tokenizer(folder, model), transformers_normalization(folder)
 
 
 # What else belongs to a model: tokenizer and pixel normalisation.
@@ -308,7 +308,7 @@ def size_of(visual: nn.Module) -> tuple[int, int]:
 def open_clip_normalization(architecture: str) -> Normalization:
     """preprocess_cfg in the folder of a `local-dir:FOLDER`; OpenAI's where it says nothing, or for a known name."""
     if not architecture.startswith("local-dir:"):
-        return Normalization()
+        return OPENAI
     path = Path(architecture.removeprefix("local-dir:"), OPEN_CLIP_CONFIG)
     config = _read_json(path).get("preprocess_cfg") or {}
     return _normalization(config, "mean", "std", path)
@@ -327,11 +327,11 @@ def transformers_normalization(folder: Path) -> Normalization:
         if not config.get("do_normalize", True):
             return Normalization((0.0,) * 3, (1.0,) * 3)
         return _normalization(config, "image_mean", "image_std", path)
-    return Normalization()
+    return OPENAI
 
 
 def _normalization(config, mean, std, path):
-    values = [config.get(key) or default for key, default in zip((mean, std), Normalization(), strict=True)]
+    values = [config.get(key) or default for key, default in zip((mean, std), OPENAI, strict=True)]
     try:
         found = Normalization(*(tuple(map(float, channels)) for channels in values))
         usable = len(found.mean) == len(found.std) == 3 and torch.tensor(found).isfinite().all() and min(found.std) > 0
