@@ -1,8 +1,10 @@
-"""The rewards by name. A new one: copy rewards/clip.py to rewards/NAME.py, and add NAME to REWARDS below.
+"""The rewards by name. To add one, copy rewards/clip.py to rewards/NAME.py and add NAME to REWARDS below.
 
-The training script then has --NAME for its weight and takes it as a --monitor, too. A module of this folder has
-`missing(root) -> list[str]`, a line for each weight file that is not there, and `load(root, device, dtype) -> Reward`.
-Nothing here imports torch until a reward is loaded: the command lines read REWARDS.
+That is all: the training script then takes --NAME for its weight, and NAME for --monitor.
+
+Each reward is a module here with `missing(root) -> list[str]`, one line per weight file that is not there, and
+`load(root, device, dtype) -> Reward`. Nothing in this file imports torch, so that --help and the checks of options
+stay fast.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from rewards.base import Reward
 
-# Name: default weight in training, and what --help says.
+# Name: (default weight in training, its line in --help).
 REWARDS = {
     "clip": (0.5, "weight of the CLIP score; a reward of weight 0 is not loaded"),
     "aesthetic": (1.0, "weight of the LAION aesthetic score"),
@@ -28,9 +30,9 @@ REWARDS = {
 
 
 def load_reward(name: str, root: Path | str, device: torch.device | str, dtype: torch.dtype | None = None) -> Reward:
-    """The reward `name` (of REWARDS) from the weights below the folder `root`, frozen, its tower in `dtype`.
+    """Load the reward `name` (a key of REWARDS) from its folder below `root`, frozen.
 
-    dtype: fp32 (the default), bf16 or fp16; features are normalised and compared in fp32 in any case.
+    dtype: of its tower: fp32 (the default), bf16 or fp16; features are normalised and compared in fp32 in any case.
     Raises UserError if files are missing or do not fit.
     """
     import torch
@@ -40,9 +42,9 @@ def load_reward(name: str, root: Path | str, device: torch.device | str, dtype: 
 
 
 def check_files(names: list[str], root: Path | str) -> None:
-    """Raise UserError naming every file below `root` that these rewards need and lack, with how to get each."""
+    """Raise UserError if files of these rewards are missing below `root`: names each, and how to get it."""
     if unknown := [name for name in names if name not in REWARDS]:
-        raise UserError(f"no reward is called {unknown[0]}; there are {', '.join(REWARDS)}")
+        raise UserError(f"no reward is called {unknown[0]}; choose from {', '.join(REWARDS)}")
     modules = {name: importlib.import_module(f"rewards.{name}") for name in names}
     lines = [f"{name}: {line}" for name, module in modules.items() for line in module.missing(Path(root))]
     if lines:

@@ -7,26 +7,37 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import Reward, at_least_fp32
-from rewards.towers import find_tower, load_open_clip, missing_file, missing_tower
+from rewards.towers import (
+    OPENAI,
+    build_empty,
+    fill,
+    find_tower,
+    load_open_clip_visual,
+    missing_file,
+    missing_tower,
+    open_clip_normalization,
+    read_clip,
+    size_of,
+)
 from textcraftor.downloads import command
 from textcraftor.errors import UserError
-from textcraftor.weights import load_strictly, read_weights
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 TOWER = ("ViT-L-14-quickgelu", "openai")
-LAYERS = ("0", "2", "4", "6", "7")  # the file numbers the dropouts between them too; they do nothing at test time
+LAYERS = ("0", "2", "4", "6", "7")  # the file numbers the dropouts between them too, which do nothing at test time
 
 
 class Aesthetic(Reward):
-    """Ignores the prompts; the text tower is not kept."""
+    """Ignores the prompts; has no text tower."""
 
     name = "aesthetic"
     scale = 3.0
 
-    def __init__(self, visual: nn.Module, head: nn.Module):
+    def __init__(self, visual: nn.Module, head: nn.Module, normalization=OPENAI):
         super().__init__()
         self.tower, self.head = visual, head
-        self.image_size = visual.image_size
+        self.mean, self.std = normalization
+        self.image_size = size_of(visual)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.tower(pixels)
@@ -44,25 +55,29 @@ def missing(root: Path) -> list[str]:
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Aesthetic:
     """The aesthetic reward; UserError if the weights do not fit, or the head does not fit the tower."""
-    visual = load_open_clip(*find_tower(root / "aesthetic" / "clip", *TOWER)).visual
     path = root / "aesthetic" / HEAD
-    head = load_head(path)
+    head = load_head(path)  # first, as it is small
+    architecture, weights = find_tower(root / "aesthetic" / "clip", *TOWER)
+    visual = load_open_clip_visual(architecture, weights)
     if head[0].in_features != visual.output_dim:
         raise UserError(
             f"{path} takes image embeddings of {head[0].in_features} numbers, the tower gives {visual.output_dim}; "
-            "put the head and the tower of one model there"
+            "put the head and the tower of the same model there"
         )
-    return Aesthetic(visual, head.to(at_least_fp32(dtype))).frozen(device, dtype)
+    reward = Aesthetic(visual, head.to(at_least_fp32(dtype)), open_clip_normalization(architecture))
+    return reward.frozen(device, dtype)
 
 
 def load_head(path: Path) -> nn.Sequential:
-    """The linear layers of the file, widths as in the file (768-1024-128-64-16-1 in the released one), fp32."""
-    state = read_weights(path)
+    """The linear layers in the file, with its widths (768-1024-128-64-16-1 in the released one), fp32."""
+    state = read_clip(path, "layers.0.weight", "an aesthetic head (layers.0.weight, …)")
     weights = [state.get(f"layers.{layer}.weight") for layer in LAYERS]
     if any(weight is None or weight.ndim != 2 for weight in weights):
         expected = ", ".join(f"layers.{layer}.weight" for layer in LAYERS)
-        raise UserError(f"{path} is no aesthetic head: it holds {', '.join(state) or 'nothing'}; expected {expected}")
-    layers = [nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights]
-    head = nn.Sequential(OrderedDict(zip(LAYERS, layers, strict=True)))
-    load_strictly(head, {name.removeprefix("layers."): weight for name, weight in state.items()}, path)
-    return head
+        raise UserError(f"{path}: expected the matrices {expected} of an aesthetic head, found {', '.join(state)}")
+
+    def build():
+        layers = [nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights]
+        return nn.Sequential(OrderedDict(zip(LAYERS, layers, strict=True)))
+
+    return fill(build_empty(build), {name.removeprefix("layers."): value for name, value in state.items()}, path)

@@ -1,4 +1,4 @@
-"""What every reward is: images and their prompts in, one score an image out, differentiable in the images."""
+"""What all rewards have in common: images and their prompts in, one score per image out, differentiable in images."""
 
 import logging
 from itertools import permutations
@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-CACHED_PROMPTS = 65_536  # text features kept, about 4 kB each: bounds the memory of a long run
-
 
 class Reward(nn.Module):
     """A frozen model that scores images (B, 3, H, W) in [0, 1] against B prompts, differentiable in the images.
 
-    A subclass sets `name`, `scale` (what the user's weight is multiplied by), `tower` (the model), `image_size`
-    (height, width: the tower's input), `context_length` (in tokens), and writes `encode_image`, `encode_text` and
-    `tokenize`; one with no use for the prompt overrides `score` instead of the last two. A loader ends with `frozen`.
+    A subclass sets
+
+    - `name`, and `scale`, the factor between the score and its term in the training objective,
+    - `tower`, the network, with its `image_size` (height, width) and `context_length` in tokens,
+    - `mean` and `std` per channel, if the tower was not trained with OpenAI's,
+
+    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt overrides `score`
+    instead of the last two. Loaders return `reward.frozen(device, dtype)`.
     """
 
     name: str
@@ -26,16 +29,16 @@ class Reward(nn.Module):
     tower: nn.Module
     image_size: tuple[int, int]
     context_length: int
-    keep_texts = True  # text features, by prompt, encoded alone; or else with the batch they come in, which is faster
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = OPENAI_DATASET_STD
 
     def __init__(self):
         super().__init__()
-        self._text_cache: dict[str, Tensor] = {}
         self._warned = False
 
     @property
     def visual(self) -> nn.Module:
-        """The part of the tower that sees images: rewards with one in common share its forward pass."""
+        """The image part of the tower. Rewards with the same one share its forward pass."""
         return self.tower
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -47,11 +50,11 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def tokenize(self, prompts: list[str], length: int) -> Tensor:
-        """Token ids (B, length), cut and padded to it; the end token is the largest id."""
+        """Token ids (B, length), truncated and padded to that length; the end token has the largest id."""
         raise NotImplementedError
 
     def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
-        """Unit features (B, D) of the images and their prompts -> (B,): the cosine of each pair, the diagonal."""
+        """Unit image features (B, D) and the images' prompts -> (B,): the cosine of each image and its own prompt."""
         return (image_features * self.text_features(prompts).to(image_features)).sum(dim=-1)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -62,60 +65,60 @@ class Reward(nn.Module):
     def image_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> unit features (B, D), fp32 (float64 if the tower is)."""
         weight = next(self.tower.parameters())
-        # The tower's own dtype decides the precision, not the caller's autocast: scores stay comparable.
+        # Compute in the tower's own dtype whatever the caller's autocast, so that scores stay comparable.
         with torch.autocast(weight.device.type, enabled=False):
-            pixels = preprocess(images.to(weight.device), self.image_size)
+            pixels = preprocess(images.to(weight.device), self.image_size, self.mean, self.std)
             return normalize(self.encode_image(pixels.to(weight.dtype)))
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor:
-        """B prompts -> unit features (B, D), fp32 (float64 if the tower is), no gradient; see `keep_texts`."""
+        """B prompts -> unit features (B, D), fp32 (float64 if the tower is), without gradient.
+
+        All prompts go through the text tower as one batch and nothing is cached: the last bits of a batched product
+        depend on the batch, so with a cache they would depend on what came before, and a resumed run would differ.
+        """
         weight = next(self.tower.parameters())
-
-        def encode(texts):
-            with torch.autocast(weight.device.type, enabled=False):
-                return normalize(self.encode_text(self.tokenize(texts, self.context_length).to(weight.device)))
-
-        if not self.keep_texts:
-            self._warn_if_cut(prompts)
-            return encode(prompts)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
-        self._warn_if_cut(new)
-        # One by one: the last bits of a batched product depend on the batch, and so would a resumed run.
-        self._text_cache |= {prompt: encode([prompt])[0].cpu() for prompt in new}
-        features = torch.stack([self._text_cache[prompt] for prompt in prompts]).to(weight.device)
-        while len(self._text_cache) > CACHED_PROMPTS:
-            del self._text_cache[next(iter(self._text_cache))]  # the oldest
-        return features
+        self._warn_if_truncated(prompts)
+        with torch.autocast(weight.device.type, enabled=False):
+            return normalize(self.encode_text(self.tokenize(prompts, self.context_length).to(weight.device)))
 
     def frozen(self, device: torch.device | str, dtype: torch.dtype) -> "Reward":
-        """This reward in eval mode on `device`, nothing trainable, its tower in `dtype`."""
+        """This reward in eval mode on `device`, without trainable weights, its tower in `dtype`."""
         self.tower.to(dtype)
         return self.to(device).eval().requires_grad_(False)
 
-    def _warn_if_cut(self, prompts: list[str]) -> None:
-        """Say, once, how many of these prompts do not fit into the context."""
-        if self._warned or not prompts:
+    def _warn_if_truncated(self, prompts: list[str]) -> None:
+        """Warn once that prompts are truncated, with how many of these are."""
+        if self._warned:
             return
-        # With one token more of room, the end token (the largest id) of a prompt that is cut sits in that extra place.
-        cut = (self.tokenize(prompts, self.context_length + 1).argmax(dim=-1) == self.context_length).sum().item()
-        if cut:
+        # With room for one more token, a prompt that is too long has its end token (the largest id) in that place.
+        longer = self.tokenize(prompts, self.context_length + 1)
+        truncated = (longer.argmax(dim=-1) == self.context_length).sum().item()
+        if truncated:
             self._warned = True
             logger.warning(
-                f"{self.name}: {cut} of {len(prompts)} prompts exceed {self.context_length} tokens and are cut "
-                "(said once; later ones are cut too)"
+                f"{self.name}: {truncated} of {len(prompts)} prompts are longer than {self.context_length} tokens and "
+                "are truncated (this is the only warning; later prompts are truncated too)"
             )
 
 
 def share_towers(rewards: list[Reward]) -> None:
-    """Let a reward whose tower is for images only (the aesthetic one) use an equal one of another reward."""
+    """Make a reward with an image tower only (the aesthetic one) use that of another reward, if they are equal.
+
+    Equal means the same layers, weights, image size and pixel normalisation.
+    """
+
+    def pixels(reward):
+        return reward.image_size, [round(value, 6) for value in (*reward.mean, *reward.std)]
+
     for reward, other in permutations(rewards, 2):
-        if reward.visual is reward.tower and _equal(reward.visual, other.visual):
+        same_pixels = pixels(reward) == pixels(other)
+        if reward.visual is reward.tower and same_pixels and _equal(reward.visual, other.visual):
             reward.tower = other.visual
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two networks have the same layers (QuickGELU is not GELU), attention heads and weights."""
+    """Whether two networks have the same layers (GELU is not QuickGELU), attention heads and weights."""
 
     def layers(network):
         return repr(network), [getattr(module, "num_heads", None) for module in network.modules()]
@@ -124,10 +127,19 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     return layers(first) == layers(second) and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3, *size): adaptive average pool, then CLIP's mean and std per channel."""
+def preprocess(
+    images: Tensor,
+    size: tuple[int, int],
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN,
+    std: tuple[float, ...] = OPENAI_DATASET_STD,
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, *size): adaptive average pooling, then (x - mean) / std per channel.
+
+    Pooling replaces the bicubic resize and centre crop of the towers' own preprocessing, as in TextCraftor's released
+    code: it is differentiable and keeps the whole image.
+    """
     images = images.to(at_least_fp32(images.dtype))
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (F.adaptive_avg_pool2d(images, size) - mean) / std
 
 
@@ -137,19 +149,19 @@ def normalize(features: Tensor) -> Tensor:
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64, half precisions become float32."""
+    """float32 for the half-precision types; float32 and float64 stay as they are."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def check_inputs(images: Tensor, prompts: list[str]) -> None:
-    """Raise ValueError unless images are (B, 3, H, W) floats in [0, 1] (NaN passes) with as many prompts."""
+    """Raise ValueError unless images are (B, 3, H, W) floats in [0, 1] (NaN passes) and there are as many prompts."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}, expected floats in [0, 1]")
     if isinstance(prompts, str) or len(prompts) != len(images):
         found = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise ValueError(f"{found} for {len(images)} images, expected a list with one prompt an image")
+        raise ValueError(f"{found} for {len(images)} images, expected a list with one prompt per image")
     low, high = (value.item() for value in images.detach().aminmax())
     if low < 0 or high > 1:
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], expected [0, 1]")

@@ -1,29 +1,29 @@
 """
-Are the four reward models right? Scores a few drawn pictures with the released weights and compares with golden.json.
+Check the four released reward models: score a few drawn pictures and compare the scores with golden.json.
 $ python -m rewards.check
 
-Where golden.json has no value yet, the score is recorded there: send it in, and the next one can compare.
+Where golden.json has no score yet, this records one. Please send it in, so that others can compare theirs.
 """
 
 import argparse
 import json
-import os
 import platform
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rewards import REWARDS, check_files, load_reward
+from rewards import check_files, load_reward
 from textcraftor.errors import UserError, run_program
+from textcraftor.files import write_whole
 
 GOLDEN = Path(__file__).with_name("golden.json")
-TOLERANCE = {"clip": 1e-3, "aesthetic": 1e-2, "pickscore": 2e-2, "hpsv2": 1e-3}  # fp32 on another device
+TOLERANCE = {"clip": 1e-3, "aesthetic": 1e-2, "pickscore": 2e-2, "hpsv2": 1e-3}  # fp32 on different devices
 SIZE = 512
 
 
 def pictures():
-    """{prompt: picture (3, SIZE, SIZE) of whole 255ths in [0, 1]}, drawn by integers: the same bits everywhere."""
+    """{prompt: picture (3, SIZE, SIZE) in [0, 1]}, drawn with integers and so the same bits on every machine."""
     y, x = np.mgrid[:SIZE, :SIZE]
     disc = (x - 256) ** 2 + (y - 256) ** 2 < 140**2
     square = (abs(x - 256) < 120) & (abs(y - 256) < 120)
@@ -49,9 +49,9 @@ def _paint(pixels, mask, colour):
 
 @torch.inference_mode()
 def measure(reward):
-    """{prompt: score} of the pictures, and for how many of them their own prompt is the nearest (None: prompts unused).
+    """{prompt: score} of the pictures, and how many of them are closest to their own prompt (None: prompts unused).
 
-    The second needs no reference: four of four, or the model cannot tell a circle from the sea.
+    The second needs no reference: less than four of four, and the model cannot tell a circle from the sea.
     """
     prompts, images = list(pictures()), torch.stack(list(pictures().values()))
     scores = dict(zip(prompts, reward(images, prompts).tolist(), strict=True))
@@ -62,9 +62,10 @@ def measure(reward):
 
 
 def compare(name, scores, golden):
-    """Put new scores of the reward `name` into `golden`; returns a line for each, and how many are off.
+    """Compare scores of the reward `name` with `golden`; returns one line per score, and how many differ.
 
-    golden: {prompt: {"reference": published value or None, "recorded": first measured value or None}}.
+    golden: {prompt: {"reference": published value or None, "recorded": first measured value or None}}. Scores for
+    which it has neither are recorded in it.
     """
     lines, wrong = [], 0
     for prompt, score in scores.items():
@@ -83,38 +84,37 @@ def compare(name, scores, golden):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default=Path(__file__).resolve().parents[1], help="where the rewards' weights lie")
-    parser.add_argument("--golden", default=GOLDEN, type=Path, help="file of expected scores, of other weights")
+    parser.add_argument("--weights", default=Path(__file__).resolve().parents[1], help="folder of reward weights")
+    parser.add_argument("--golden", default=GOLDEN, type=Path, help="file of expected scores, for other weights")
     args = parser.parse_args(argv)
-    check_files(REWARDS, args.weights)
+    check_files(list(TOLERANCE), args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     golden, wrong, confused = json.loads(args.golden.read_text()), 0, 0
     before, released = json.dumps(golden), args.golden.resolve() == GOLDEN.resolve()
-    for name in REWARDS:
+    for name in TOLERANCE:
         reward = load_reward(name, args.weights, device)
         if released and reward.image_size != (224, 224):
             raise UserError(
                 f"{name} takes {reward.image_size[0]} x {reward.image_size[1]} pixels, the released model 224 x 224; "
-                f"{GOLDEN.name} is for the released ones, name another file with --golden"
+                f"{GOLDEN.name} is for the released models, name a file for others with --golden"
             )
         scores, nearest = measure(reward)
         lines, differ = compare(name, scores, golden[name])
         wrong += differ
         print(*lines, sep="\n")
         if nearest is not None:
-            print(f"{name:10} the own prompt is the nearest for {nearest} of {len(scores)} pictures")
+            print(f"{name:10} {nearest} of {len(scores)} pictures are closest to their own prompt")
             confused += nearest < len(scores)
     if confused and released:
-        raise UserError(f"{confused} of the models take another prompt's picture for their own; nothing recorded")
+        raise UserError(f"{confused} of the models match pictures with wrong prompts; nothing was recorded")
     if json.dumps(golden) != before:
         machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
         golden["recorded on"] = f"{machine}, torch {torch.__version__}"
-        unfinished = args.golden.with_name(f"{args.golden.name}.part")
-        unfinished.write_text(json.dumps(golden, indent=2) + "\n")
-        os.replace(unfinished, args.golden)
+        with write_whole(args.golden) as unfinished:
+            unfinished.write_text(json.dumps(golden, indent=2) + "\n", encoding="utf-8")
         print(f"recorded in {args.golden}")
     if wrong:
-        raise UserError(f"{wrong} scores differ: other weights, or a loader or a library that does something else")
+        raise UserError(f"{wrong} scores differ: the weights are not the released ones, or a library has changed")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,47 @@
-"""The CLIP reward: cos(image, text) of open_clip's ViT-g-14, or of the open_clip folder clip/ if there is one."""
+"""The CLIP reward: cos(image, text) of open_clip's ViT-g-14, or of the model in the folder clip/ if there is one."""
 
 from pathlib import Path
 
 import torch
 
-from rewards.towers import OpenClipReward, find_tower, load_open_clip, load_tokenizer, missing_tower
+from rewards.base import Reward
+from rewards.towers import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_FILES,
+    TRANSFORMERS_FILES,
+    TransformersReward,
+    find_tower,
+    find_weights,
+    load_open_clip,
+    load_transformers,
+    missing_tower,
+    missing_weights,
+)
 from textcraftor.downloads import command
 
 TOWER = ("ViT-g-14", "laion2b_s34b_b88k")
+SCALE = 100.0
 
 
 def missing(root: Path) -> list[str]:
     """One line for each file that is not there."""
-    return missing_tower(root / "clip", *TOWER, command("clip", root))
+    folder, how = root / "clip", command("clip", root)
+    if is_transformers(folder):
+        return missing_weights(folder, TRANSFORMERS_FILES, how)
+    return missing_tower(folder, *TOWER, how)
 
 
-def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> OpenClipReward:
+def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Reward:
     """The CLIP reward, about 0.3 for a matching pair; UserError if the weights do not fit."""
-    architecture, weights = find_tower(root / "clip", *TOWER)
-    model = load_open_clip(architecture, weights)
-    return OpenClipReward("clip", 100.0, model, load_tokenizer(architecture, model)).frozen(device, dtype)
+    folder = root / "clip"
+    if is_transformers(folder):
+        reward = TransformersReward("clip", SCALE, *load_transformers(folder))
+    else:
+        reward = load_open_clip("clip", SCALE, *find_tower(folder, *TOWER))
+    return reward.frozen(device, dtype)
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether the folder holds a transformers CLIPModel. Repositories that hold both kinds count as open_clip's."""
+    own = (folder / OPEN_CLIP_CONFIG).is_file() or find_weights(folder, OPEN_CLIP_FILES)
+    return (folder / "config.json").is_file() and not own

@@ -7,33 +7,42 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor
 
-from rewards.towers import CONFIG, OpenClipReward, load_open_clip, load_tokenizer, missing_file
+from rewards.towers import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_FILES,
+    TRANSFORMERS_FILES,
+    OpenClipReward,
+    find_weights,
+    load_open_clip,
+    missing_weights,
+)
 from textcraftor.downloads import command
+
+FILES = {  # of each version; weights fine-tuned by users may have open_clip's usual names and stand in for 2.0
+    "2.0": ("HPS_v2_compressed.pt", "HPS_v2_compressed.safetensors", *OPEN_CLIP_FILES, *TRANSFORMERS_FILES),
+    "2.1": ("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
+}
 
 
 def missing(root: Path, version: str = "2.0") -> list[str]:
     """One line for each file that is not there."""
-    return missing_file(weights(root, version), command("hpsv2" if version == "2.0" else "hpsv2.1", root))
+    how = command("hpsv2" if version == "2.0" else "hpsv2.1", root)
+    return missing_weights(root / "hpsv2", FILES[version], how)
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: str = "2.0") -> OpenClipReward:
     """The HPSv2 reward, about 0.27; version "2.0" or "2.1". UserError if the weights do not fit."""
     folder = root / "hpsv2"
-    architecture = f"local-dir:{folder}" if (folder / CONFIG).is_file() else "ViT-H-14"
-    model = load_open_clip(architecture, weights(root, version))
-    return OpenClipReward("hpsv2", 100.0, model, load_tokenizer(architecture, model)).frozen(device, dtype)
-
-
-def weights(root: Path, version: str) -> Path:
-    """Where the weights of a version belong."""
-    return root / "hpsv2" / {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}[version]
+    architecture = f"local-dir:{folder}" if (folder / OPEN_CLIP_CONFIG).is_file() else "ViT-H-14"
+    weights = find_weights(folder, FILES[version])
+    return load_open_clip("hpsv2", 100.0, architecture, weights).frozen(device, dtype)
 
 
 def prepare(picture: Image.Image, size: int) -> Tensor:
     """A PIL picture as the authors' package shows it to the model -> (3, size, size), about [0, 1].
 
-    Resized after the conversion to floats, bicubically, so that edges overshoot [0, 1] a little and nothing is rounded;
-    to the longer side, the rest black: a picture that is not square is neither cut nor stretched.
+    The pixels become floats before the bicubic resize, so that edges overshoot [0, 1] a little and nothing is rounded.
+    The longer side becomes `size`, and the rest black: a picture that is not square is neither cropped nor stretched.
     """
     pixels = TF.to_tensor(picture.convert("RGB"))
     height, width = (round(side * size / max(picture.size)) for side in pixels.shape[1:])

@@ -1,4 +1,4 @@
-"""A user's own reward: a Python function in a file, named path/to/file.py:function."""
+"""A user's own reward: a Python function in a file, given as path/to/file.py:function."""
 
 import importlib.util
 import sys
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from rewards.base import check_inputs
 from textcraftor.errors import UserError
 
+WEIGHT_FOLDERS = ("hpsv2", "pickscore", "aesthetic")
+
 
 class FunctionReward(nn.Module):
-    """A user's function (images (B, 3, H, W) in [0, 1], prompts) -> (B,) as a reward of scale 1."""
+    """A user's function (images (B, 3, H, W) in [0, 1], B prompts) -> (B,) as a reward of scale 1."""
 
     scale = 1.0
 
@@ -21,8 +23,14 @@ class FunctionReward(nn.Module):
         self.name, self.function = name, function
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """The function's scores in the images' type; UserError if their shape is not (B,)."""
         check_inputs(images, prompts)
-        scores = self.function(images, prompts)
+        try:
+            scores = self.function(images, prompts)
+        except (ImportError, AttributeError) as error:
+            if not (hint := _missing_package()):
+                raise
+            raise UserError(f"reward {self.name} fails ({type(error).__name__}: {error}); {hint}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"reward {self.name} returned {found} for {len(images)} images, expected ({len(images)},)")
@@ -39,14 +47,27 @@ def load_function(spec: str) -> FunctionReward:
         raise UserError(f"--reward {spec}: no such file: {path}")
     module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if module_spec is None:
-        raise UserError(f"--reward {spec}: {path} is no Python file (.py)")
+        raise UserError(f"--reward {spec}: {path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickles in the user's file look it up there
+    sys.modules[module_spec.name] = module  # where dataclasses and pickles in the user's file look it up
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        raise UserError(f"--reward {spec}: {path} fails on import ({type(error).__name__}: {error})") from error
+        hint = f"; {hint}" if (hint := _missing_package()) else ""
+        message = f"--reward {spec}: {path} fails on import ({type(error).__name__}: {error})"
+        raise UserError(message + hint) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {spec}: {path} has no function {name}")
     return FunctionReward(name, function)
+
+
+def _missing_package():
+    """What to do if the user's file has imported one of this repository's weight folders for lack of the package.
+
+    A folder without __init__.py can be imported as an empty package, and an installed one of the same name wins.
+    """
+    for name in WEIGHT_FOLDERS:
+        if name in sys.modules and getattr(sys.modules[name], "__file__", None) is None:
+            return f"no package {name} is installed, only a folder of weights has this name; try: pip install {name}"
+    return ""

@@ -8,9 +8,10 @@ from textcraftor.errors import UserError
 
 
 class RewardSum(nn.Module):
-    """total = sum of weight * scale * r over (reward, weight) pairs; their names must differ.
+    """total = sum of weight * scale * r over (reward, weight) pairs.
 
-    Equal image towers, as of the aesthetic reward and of a CLIP reward with ViT-L/14, become one and run once.
+    Rewards with equal image towers, such as the aesthetic reward and a CLIP reward with ViT-L/14, share one forward
+    pass. Raises UserError if there is no reward, or two with the same name.
     """
 
     def __init__(self, weighted: list[tuple[nn.Module, float]]):
@@ -19,13 +20,16 @@ class RewardSum(nn.Module):
         self.weights = [weight for _, weight in weighted]
         names = [reward.name for reward in self.rewards]
         if not names:
-            raise UserError("no reward has a weight; give at least one, such as --clip 0.5")
+            raise UserError("all rewards have weight 0; give at least one a weight, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
         share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
 
     def forward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images (B, 3, H, W) in [0, 1], B prompts -> (total (B,) with gradient, {name: r (B,)} unscaled, detached)."""
+        """Images (B, 3, H, W) in [0, 1] and B prompts -> total (B,) with gradient, and {name: r (B,)}, detached.
+
+        The r are the scores as each reward defines them, without its scale and weight.
+        """
         check_inputs(images, prompts)
         features, scores = {}, {}
         for reward in self.rewards:

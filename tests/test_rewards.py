@@ -1,10 +1,12 @@
-"""The rewards against other libraries' own forward passes, hand computation, and finite differences."""
+"""The rewards against other libraries' forward passes, hand computation and finite differences; files people have."""
 
 import hashlib
 import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import rewards
@@ -26,10 +29,17 @@ from rewards.sum import RewardSum
 from textcraftor.errors import UserError
 from textcraftor.models import clip_tokenizer
 
+REPOSITORY = Path(__file__).parents[1]
 PROMPTS = ["a small fox at the left", "a large apple, oil painting", "an anchor"]
-REAL_HEAD = Path(__file__).parents[2] / "shared" / "data" / aesthetic.HEAD
+REAL_HEAD = REPOSITORY.parent / "shared" / "data" / aesthetic.HEAD
 REAL_PROMPTS = REAL_HEAD.with_name("open-prompts-1k.csv")
 REAL_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+WEIGHTS = {
+    "clip": "clip/open_clip_model.safetensors",
+    "aesthetic": "aesthetic/clip/open_clip_model.safetensors",
+    "pickscore": "pickscore/pickmodel/model.safetensors",
+    "hpsv2": "hpsv2/HPS_v2_compressed.pt",
+}
 
 each_reward = pytest.mark.parametrize("name", rewards.REWARDS)
 
@@ -41,18 +51,30 @@ def random_images(count=3, size=64, seed=0, dtype=torch.float32):
 
 
 @pytest.fixture(scope="module")
+def loaded(rewards_root):
+    """{name: reward} of all four, fp32."""
+    return {name: rewards.load_reward(name, rewards_root, "cpu") for name in rewards.REWARDS}
+
+
+@pytest.fixture(scope="module")
 def pictures():
     """Three uint8 pictures of the towers' own size, so that every library's resize is the identity."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, 3), dtype=np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
 
 
+@pytest.fixture
+def root(rewards_root, tmp_path):
+    """A copy of the rewards' folder that a test may change."""
+    return Path(shutil.copytree(rewards_root, tmp_path / "root"))
+
+
 def to_images(pictures):
     return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 for picture in pictures])
 
 
-def copy_of(folder, tmp_path):
-    return Path(shutil.copytree(folder, tmp_path / "root"))
+def change_json(path, **changes):
+    tiny.write_json(path, json.loads(path.read_text()) | changes)
 
 
 # Each reward against an independent computation.
@@ -67,50 +89,58 @@ def open_clip_cosines(folder, pictures, weights):
     return (images @ texts.T).diagonal()
 
 
-def test_clip_is_open_clips_own_cosine(rewards_root, pictures):
-    folder = rewards_root / "clip"
-    expected = open_clip_cosines(folder, pictures, folder / "open_clip_model.safetensors")
-    score = rewards.load_reward("clip", rewards_root, "cpu")(to_images(pictures), PROMPTS)
-    assert torch.allclose(score, expected, atol=1e-6)
-    assert score.std() > 0.01
+def transformers_logits(folder, processor, pictures, prompts):
+    """exp(logit_scale) * cosine, computed with transformers as PickScore's authors do."""
+    options = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    inputs = processor(text=prompts, **options) | processor(images=pictures, **options)
+    with torch.no_grad():
+        return CLIPModel.from_pretrained(folder)(**inputs).logits_per_image.diagonal()
 
 
-@pytest.mark.parametrize("version, file", [("2.0", "HPS_v2_compressed.pt"), ("2.1", "HPS_v2.1_compressed.pt")])
-def test_hpsv2_is_open_clips_own_cosine(rewards_root, pictures, tmp_path, version, file):
-    root = copy_of(rewards_root, tmp_path)
-    weights = root / "hpsv2" / file
-    (root / "hpsv2" / "HPS_v2_compressed.pt").rename(weights)
-    expected = open_clip_cosines(root / "hpsv2", pictures, weights)
-    score = hpsv2.load(root, "cpu", torch.float32, version=version)(to_images(pictures), PROMPTS)
-    assert torch.allclose(score, expected, atol=1e-6)
-    assert score.std() > 0.01
-
-
-@pytest.mark.parametrize("own_tokenizer_files", [False, True])
-def test_pickscore_is_transformers_own_logit(rewards_root, pictures, tmp_path, own_tokenizer_files):
-    """With the processor that PickScore's authors use (laion/CLIP-ViT-H-14-laion2B-s32B-b79K's), called as by them."""
-    root = copy_of(rewards_root, tmp_path)
-    folder = root / "pickscore" / "pickmodel"
-    files = folder if own_tokenizer_files else tmp_path / "processor"
-    tiny.make_tokenizer(files)
-    tiny.write_json(files / "preprocessor_config.json", {
+def write_processor(folder, **changes):
+    """The image processor and tokenizer that PickScore's authors use (laion/CLIP-ViT-H-14-laion2B-s32B-b79K's)."""
+    tiny.make_tokenizer(folder)
+    tiny.write_json(folder / "preprocessor_config.json", {
         "crop_size": tiny.IMAGE_SIZE, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": tiny.IMAGE_SIZE,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    })  # fmt: skip
-    processor = CLIPProcessor.from_pretrained(files)
+    } | changes)  # fmt: skip
+    return CLIPProcessor.from_pretrained(folder)
+
+
+def test_clip_is_the_cosine_computed_by_open_clip(rewards_root, loaded, pictures):
+    expected = open_clip_cosines(rewards_root / "clip", pictures, rewards_root / WEIGHTS["clip"])
+    score = loaded["clip"](to_images(pictures), PROMPTS)
+    torch.testing.assert_close(score, expected, rtol=0, atol=1e-6)
+    assert score.std() > 0.01
+
+
+def test_hpsv2_is_the_cosine_computed_by_open_clip(root, pictures):
+    """In either version, each read from its own file."""
+    folder = root / "hpsv2"
+    for version, file in [("2.0", "HPS_v2_compressed.pt"), ("2.1", "HPS_v2.1_compressed.pt")]:
+        assert bool(hpsv2.missing(root, version)) == (version == "2.1")
+        (folder / "HPS_v2_compressed.pt").rename(folder / file)
+        expected = open_clip_cosines(folder, pictures, folder / file)
+        score = hpsv2.load(root, "cpu", torch.float32, version=version)(to_images(pictures), PROMPTS)
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-6)
+    assert score.std() > 0.01
+
+
+def test_pickscore_is_the_logit_computed_by_transformers(root, pictures, tmp_path):
+    """Without tokenizer files and with those of the authors' processor."""
+    folder = root / "pickscore" / "pickmodel"
     prompts = ["a small fox at the left", "An Owl, 4k!", "fox " * 90]
-    text = processor(text=prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    image = processor(images=pictures, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    with torch.no_grad():
-        output = CLIPModel.from_pretrained(folder)(**text, **image)
+    expected = transformers_logits(folder, write_processor(tmp_path / "processor"), pictures, prompts)
     score = rewards.load_reward("pickscore", root, "cpu")(to_images(pictures), prompts)
-    assert torch.allclose(score, output.logits_per_image.diagonal(), atol=1e-4)
+    torch.testing.assert_close(score, expected, rtol=0, atol=1e-4)
     assert score.std() > 1
+    write_processor(folder)
+    torch.testing.assert_close(rewards.load_reward("pickscore", root, "cpu")(to_images(pictures), prompts), score)
 
 
 def test_pickscores_file_has_the_names_of_the_released_one(rewards_root):
-    """Names as written down from transformers 4, which saved it; the same for the real sizes and the small."""
+    """Names as transformers 4 saved them, written down here; the same for the real sizes and the small ones."""
 
     def names(text_layers, vision_layers):
         parts = [f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")]
@@ -123,7 +153,7 @@ def test_pickscores_file_has_the_names_of_the_released_one(rewards_root):
         weights = [f"{stem}.weight" for stem in (*stems, *weights, "visual_projection", "text_projection")]
         return {*weights, *(f"{stem}.bias" for stem in stems), "logit_scale", "vision_model.embeddings.class_embedding"}
 
-    file = load_file(rewards_root / "pickscore" / "pickmodel" / "model.safetensors")
+    file = load_file(rewards_root / WEIGHTS["pickscore"])
     assert {name for name in file if not name.endswith("position_ids")} == names(2, 2)
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -136,7 +166,7 @@ def test_pickscores_file_has_the_names_of_the_released_one(rewards_root):
 
 
 def linear_layers(state, features):
-    """The released head by hand, in float64: five matrix products, nothing between them."""
+    """The aesthetic head by hand, in float64: five matrix products, nothing between them."""
     for layer in (0, 2, 4, 6, 7):
         weight, bias = (state[f"layers.{layer}.{part}"].double().numpy() for part in ("weight", "bias"))
         features = features @ weight.T + bias
@@ -147,10 +177,10 @@ needs_real_head = pytest.mark.skipif(not REAL_HEAD.is_file(), reason=f"the relea
 
 
 @pytest.mark.parametrize("released_head", [False, pytest.param(True, marks=needs_real_head)])
-def test_aesthetic_is_the_head_on_open_clips_own_embedding(rewards_root, pictures, tmp_path, released_head):
-    root = copy_of(rewards_root, tmp_path)
+def test_aesthetic_is_the_head_on_open_clips_embedding(root, pictures, released_head):
     folder = root / "aesthetic"
     if released_head:
+        assert hashlib.sha256(REAL_HEAD.read_bytes()).hexdigest() == REAL_HEAD_SHA256
         shutil.copy(REAL_HEAD, folder)
         tiny.make_open_clip_folder(folder / "clip", tiny.OPEN_CLIP | {"embed_dim": 768, "quick_gelu": True}, seed=2)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder / 'clip'}")
@@ -159,64 +189,71 @@ def test_aesthetic_is_the_head_on_open_clips_own_embedding(rewards_root, picture
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     expected = linear_layers(torch.load(folder / aesthetic.HEAD, map_location="cpu", weights_only=True), features)
     score = rewards.load_reward("aesthetic", root, "cpu")(to_images(pictures), PROMPTS)
-    np.testing.assert_allclose(score, expected, atol=1e-5)
+    np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-5)
     assert score.std() > 1e-3
 
 
-@needs_real_head
-def test_released_aesthetic_head():
-    assert hashlib.sha256(REAL_HEAD.read_bytes()).hexdigest() == REAL_HEAD_SHA256
-    features = np.random.default_rng(0).normal(size=(4, 768))
-    features /= np.linalg.norm(features, axis=-1, keepdims=True)
-    state = torch.load(REAL_HEAD, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        score = aesthetic.load_head(REAL_HEAD)(torch.from_numpy(features).float())[:, 0]
-    np.testing.assert_allclose(score, linear_layers(state, features), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, embedding, activation",
-    [("ViT-g-14", 1024, "GELU"), ("ViT-H-14", 1024, "GELU"), (aesthetic.TOWER[0], 768, "QuickGELU")],
-)
-def test_real_architectures_are_those_of_the_released_weights(name, embedding, activation):
-    with torch.device("meta"):
-        model = open_clip.CLIP(**open_clip.get_model_config(name))
-    assert model.visual.image_size == (224, 224)
-    assert (model.visual.output_dim, model.context_length, model.vocab_size) == (embedding, 77, 49408)
-    modules = [module for module in model.modules() if "GELU" in type(module).__name__]
-    assert {type(module).__name__ for module in modules} == {activation}
-    assert len(modules) == len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
-    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in model.state_dict()
-
-
-def test_quick_gelu_is_taken_from_the_configuration(rewards_root, tmp_path):
-    images, x = random_images(), torch.linspace(-4, 4, 9)
-    tower = rewards.load_reward("aesthetic", rewards_root, "cpu").tower
-    for block in tower.transformer.resblocks:
-        torch.testing.assert_close(block.mlp.gelu(x), x * torch.sigmoid(1.702 * x))
-    with_quick_gelu = rewards.load_reward("aesthetic", rewards_root, "cpu")(images, PROMPTS)
-    root = copy_of(rewards_root, tmp_path)
-    tiny.write_json(root / "aesthetic" / "clip" / "open_clip_config.json", {"model_cfg": tiny.OPEN_CLIP})
-    without = rewards.load_reward("aesthetic", root, "cpu")(images, PROMPTS)
-    assert not torch.allclose(with_quick_gelu, without, atol=1e-4)
+def test_real_architectures_are_those_of_the_released_weights():
+    for name, embedding, activation in [
+        ("ViT-g-14", 1024, "GELU"),
+        ("ViT-H-14", 1024, "GELU"),
+        (aesthetic.TOWER[0], 768, "QuickGELU"),
+    ]:
+        with torch.device("meta"):
+            model = open_clip.CLIP(**open_clip.get_model_config(name))
+        assert model.visual.image_size == (224, 224)
+        assert (model.visual.output_dim, model.context_length, model.vocab_size) == (embedding, 77, 49408)
+        modules = [module for module in model.modules() if "GELU" in type(module).__name__]
+        assert {type(module).__name__ for module in modules} == {activation}
+        assert len(modules) == len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
 
 
 # Preprocessing.
 
 
-@pytest.mark.parametrize("height, width", [(300, 232), (64, 64)])
-def test_preprocess_is_adaptive_average_pooling(height, width):
-    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = np.empty((3, 224, 224))
-    for row in range(224):
-        for column in range(224):
-            top, bottom = row * height // 224, -(-(row + 1) * height // 224)
-            left, right = column * width // 224, -(-(column + 1) * width // 224)
-            expected[:, row, column] = images[0, :, top:bottom, left:right].numpy().mean(axis=(1, 2))
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])
-    std = np.array([0.26862954, 0.26130258, 0.27577711])
-    expected = (expected - mean[:, None, None]) / std[:, None, None]
-    np.testing.assert_allclose(preprocess(images, (224, 224))[0], expected, rtol=1e-12)
+def test_preprocess_is_adaptive_average_pooling():
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = np.array([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    for height, width in [(75, 58), (16, 16)]:  # scaled down and up
+        images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        expected = np.empty((3, 56, 56))
+        for row in range(56):
+            for column in range(56):
+                top, bottom = row * height // 56, -(-(row + 1) * height // 56)
+                left, right = column * width // 56, -(-(column + 1) * width // 56)
+                expected[:, row, column] = images[0, :, top:bottom, left:right].numpy().mean(axis=(1, 2))
+        np.testing.assert_allclose(preprocess(images, (56, 56))[0], (expected - mean) / std, rtol=1e-12)
+
+
+def test_mean_and_std_of_a_folder_are_used(root, pictures, rewards_root):
+    """Those of open_clip's preprocess_cfg, and of transformers' image processor as versions 4 and 5 save it."""
+    cfg = {"mean": [0.5, 0.4, 0.6], "std": [0.3, 0.5, 0.25]}
+    for folder in ("clip", "hpsv2", "aesthetic/clip"):
+        change_json(root / folder / "open_clip_config.json", preprocess_cfg=cfg | {"size": [32, 32], "mode": "RGB"})
+    images = to_images(pictures)
+    for name, folder in [("clip", root / "clip"), ("hpsv2", root / "hpsv2")]:
+        expected = open_clip_cosines(folder, pictures, root / WEIGHTS[name])
+        reward = rewards.load_reward(name, root, "cpu")
+        torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-6)
+    tower = rewards.load_reward("aesthetic", root, "cpu")
+    plain = rewards.load_reward("aesthetic", rewards_root, "cpu")
+    as_plain = (images - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
+    features = F.normalize(plain.encode_image(as_plain), dim=-1)
+    torch.testing.assert_close(tower.image_features(images), features, rtol=0, atol=1e-6)
+
+    folder = root / "pickscore" / "pickmodel"
+    processor = write_processor(folder, image_mean=cfg["mean"], image_std=cfg["std"])
+    expected = transformers_logits(folder, processor, pictures, PROMPTS)
+    reward = rewards.load_reward("pickscore", root, "cpu")
+    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-4)
+    (folder / "preprocessor_config.json").unlink()
+    processor.save_pretrained(folder)  # nested in processor_config.json since transformers 5
+    assert rewards.load_reward("pickscore", root, "cpu").std == reward.std
+
+    for wrong in [{"mean": [0.5]}, {"std": [1, 1, 0]}, {"std": "large"}, {"mean": [0.5, 0.5, float("nan")]}]:
+        change_json(root / "clip" / "open_clip_config.json", preprocess_cfg=wrong)
+        with pytest.raises(UserError, match=r"open_clip_config.json: mean .* and std .*; expected three numbers"):
+            rewards.load_reward("clip", root, "cpu")
 
 
 def test_hpsv2_sees_pictures_as_its_authors_package_does():
@@ -237,134 +274,75 @@ def test_hpsv2_sees_pictures_as_its_authors_package_does():
 
 @each_reward
 def test_gradient_in_the_images_matches_finite_differences(rewards_root, name):
+    """And nothing else gets a gradient."""
     reward = rewards.load_reward(name, rewards_root, "cpu", torch.float64)
+    assert not reward.training and not any(parameter.requires_grad for parameter in reward.parameters())
     images = random_images(dtype=torch.float64).requires_grad_()
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    reward(images, PROMPTS).sum().backward()
     step = 1e-5
     with torch.no_grad():
         difference = reward(images + step * direction, PROMPTS) - reward(images - step * direction, PROMPTS)
-    slopes = (gradient * direction).sum(dim=(1, 2, 3))
+    slopes = (images.grad * direction).sum(dim=(1, 2, 3))
     assert slopes.abs().min() > 1e-7
     torch.testing.assert_close(difference / (2 * step), slopes, rtol=1e-5, atol=1e-9)
-
-
-@each_reward
-def test_nothing_but_the_images_gets_a_gradient(rewards_root, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    assert not reward.training
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
-    images = random_images().requires_grad_()
-    reward(images, PROMPTS).sum().backward()
-    assert images.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in reward.parameters())
-    if name != "aesthetic":
-        assert not reward.text_features(PROMPTS).requires_grad
 
 
 # A score is of one image and its own prompt.
 
 
-@each_reward
-def test_score_depends_on_its_own_image_alone(rewards_root, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    images = random_images()
-    before = reward(images, PROMPTS)
-    images[1] = 1 - images[1]
-    after = reward(images, PROMPTS)
-    assert before.shape == (3,)
-    assert after[1] != before[1]
-    assert torch.equal(after[[0, 2]], before[[0, 2]])
+def test_score_depends_on_its_own_image_and_prompt_alone(loaded):
+    images, changed = random_images(), random_images()
+    changed[1] = 1 - changed[1]
+    for name, reward in loaded.items():
+        before = reward(images, PROMPTS)
+        other_image = reward(changed, PROMPTS)
+        other_prompt = reward(images, [PROMPTS[0], "something else", PROMPTS[2]])
+        alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+        tolerance = {"rtol": 1e-5, "atol": 1e-6}
+        assert before.shape == (3,)
+        torch.testing.assert_close(alone, before, **tolerance)
+        for after in (other_image, other_prompt):
+            torch.testing.assert_close(after[[0, 2]], before[[0, 2]], **tolerance)
+        assert abs(other_image[1] - before[1]) > 1e-4
+        assert (abs(other_prompt[1] - before[1]) > 1e-4) == (name != "aesthetic")
 
 
-@each_reward
-def test_score_depends_on_its_own_prompt_alone(rewards_root, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    images = random_images()
-    before = reward(images, PROMPTS)
-    after = reward(images, [PROMPTS[0], "something else", PROMPTS[2]])
-    assert torch.equal(after[[0, 2]], before[[0, 2]])
-    assert (after[1] == before[1]) == (name == "aesthetic")
-
-
-@each_reward
-def test_score_does_not_depend_on_the_batch(rewards_root, name):
-    images = random_images()
-    together = rewards.load_reward(name, rewards_root, "cpu")(images, PROMPTS)
-    alone = rewards.load_reward(name, rewards_root, "cpu")
-    one_by_one = torch.cat([alone(images[i : i + 1], PROMPTS[i : i + 1]) for i in (2, 0, 1)])[[1, 2, 0]]
-    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
-
-
-# Text features.
-
-TEXT_REWARDS = ("clip", "pickscore", "hpsv2")
-
-
-@pytest.mark.parametrize("name", TEXT_REWARDS)
-def test_text_features_are_computed_once_per_prompt(rewards_root, monkeypatch, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    encode, encoded = reward.encode_text, []
-    monkeypatch.setattr(reward, "encode_text", lambda tokens: encoded.append(len(tokens)) or encode(tokens))
-    images = random_images()
-    first = reward(images, [PROMPTS[0], PROMPTS[1], PROMPTS[0]])
-    assert sum(encoded) == 2
-    assert torch.equal(reward(images, [PROMPTS[0], PROMPTS[1], PROMPTS[0]]), first)
-    reward(images, PROMPTS)
-    assert sum(encoded) == 3
-
-
-@pytest.mark.parametrize("name", TEXT_REWARDS)
-def test_text_features_have_the_same_bits_in_any_batch(rewards_root, name):
-    together = rewards.load_reward(name, rewards_root, "cpu").text_features(PROMPTS)
-    alone = rewards.load_reward(name, rewards_root, "cpu")
-    assert torch.equal(together, torch.cat([alone.text_features([prompt]) for prompt in PROMPTS]))
-    torch.testing.assert_close(together.norm(dim=-1), torch.ones(3))
-
-
-@pytest.mark.parametrize("name", TEXT_REWARDS)
-def test_text_features_that_are_not_kept_come_in_one_batch(rewards_root, monkeypatch, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    expected = reward.text_features([*PROMPTS, PROMPTS[0]])
-    reward, encoded = rewards.load_reward(name, rewards_root, "cpu"), []
-    reward.keep_texts, real = False, reward.encode_text
-    monkeypatch.setattr(reward, "encode_text", lambda tokens: encoded.append(len(tokens)) or real(tokens))
-    for _ in range(2):
-        found = reward.text_features([*PROMPTS, PROMPTS[0]])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+def test_text_features_are_those_of_the_batch_and_of_nothing_before_it(rewards_root, loaded):
+    """A run that was stopped and resumed has the same bits: they may depend on the batch, and on nothing else."""
+    for name in ("clip", "pickscore", "hpsv2"):
+        fresh = rewards.load_reward(name, rewards_root, "cpu")
+        batches = []
+        text = fresh.tower.text_model.embeddings if name == "pickscore" else fresh.tower
+        text.token_embedding.register_forward_pre_hook(
+            lambda _, tokens, batches=batches: batches.append(len(tokens[0]))
+        )
+        prompts = [*PROMPTS, PROMPTS[0]]
+        with torch.inference_mode():
+            loaded[name].text_features(PROMPTS[:2])
+        found = fresh.text_features(prompts)
+        assert batches == [4]
+        assert torch.equal(found, loaded[name].text_features(prompts))
+        alone = torch.cat([loaded[name].text_features([prompt]) for prompt in prompts])
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(4))
         assert not found.requires_grad
-    assert encoded == [len(PROMPTS) + 1] * 2
 
 
-def test_remembered_text_features_are_bounded(rewards_root, monkeypatch):
-    monkeypatch.setattr("rewards.base.CACHED_PROMPTS", 2)
-    reward = rewards.load_reward("clip", rewards_root, "cpu")
-    first = reward.text_features(PROMPTS)
-    assert list(reward._text_cache) == PROMPTS[1:]
-    assert torch.equal(reward.text_features(PROMPTS), first)
-
-
-def test_text_features_of_an_inference_run_serve_training_too(rewards_root):
-    reward = rewards.load_reward("clip", rewards_root, "cpu")
-    with torch.inference_mode():
-        reward(random_images(), PROMPTS)
-    images = random_images().requires_grad_()
-    reward(images, PROMPTS).sum().backward()
-    assert images.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", TEXT_REWARDS)
-def test_prompts_over_the_context_are_cut_and_said_once(rewards_root, caplog, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
+def test_too_long_prompts_are_truncated_with_one_warning(rewards_root, caplog):
     fits, too_long = "fox " * 75, "fox " * 76  # and a start and an end token, in a context of 77
-    with caplog.at_level(logging.WARNING):
-        reward.text_features([fits, "fox"])
-        assert not caplog.records
-        features = reward.text_features([fits, too_long, "fox " * 200])  # fits is known by now: 2 new ones
-        reward.text_features(["fox " * 100])
-    (record,) = caplog.records
-    assert record.getMessage().startswith(f"{name}: 2 of 2 prompts exceed 77 tokens and are cut")
-    assert torch.equal(features[0], features[1])
+    for name in ("clip", "pickscore", "hpsv2"):
+        reward = rewards.load_reward(name, rewards_root, "cpu")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "rewards"):
+            reward.text_features([fits, "fox"])
+            assert not caplog.records
+            features = reward.text_features([fits, too_long, "fox " * 200])
+            reward.text_features(["fox " * 100])
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"{name}: 2 of 3 prompts are longer than 77 tokens and are truncated")
+        torch.testing.assert_close(features[0], features[1])
 
 
 @pytest.mark.skipif(not REAL_PROMPTS.is_file(), reason=f"no Open Prompts sample at {REAL_PROMPTS}")
@@ -374,28 +352,25 @@ def test_clip_tokenizer_equals_one_from_clips_files_on_real_prompts(tmp_path):
     assert clip_tokenizer()(lines).input_ids == CLIPTokenizer.from_pretrained(tmp_path)(lines).input_ids
 
 
-def make_small_vocabulary(folder, **text_config):
-    """An open_clip folder with a tokenizer of its own: bytes alone, 514 tokens, a context of 16."""
-    symbols = open_clip.tokenizer.bytes_to_unicode().values()
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    text = tiny.OPEN_CLIP["text_cfg"] | {"context_length": 16, "vocab_size": len(tokens)} | text_config
-    tiny.make_open_clip_folder(folder, tiny.OPEN_CLIP | {"text_cfg": text}, seed=8)
-    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+def make_small_vocabulary(folder, **text_cfg):
+    """An open_clip folder with a tokenizer of 514 tokens of its own: bytes, and bytes that end a word."""
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
     tokenizer.save_pretrained(folder)
+    text = {"context_length": 16, "vocab_size": 514, "width": 32, "heads": 2, "layers": 1, **text_cfg}
+    tiny.make_open_clip_folder(folder, tiny.OPEN_CLIP | {"text_cfg": text}, seed=0)
     return tokenizer
 
 
-def test_a_folders_own_tokenizer_and_context_are_used(tmp_path):
+def test_a_folders_own_tokenizer_is_used_and_must_be_the_models(tmp_path):
     tokenizer = make_small_vocabulary(tmp_path / "clip", hf_tokenizer_name="own")
     reward = rewards.load_reward("clip", tmp_path, "cpu")
     tokens = tokenizer("An Owl", padding="max_length", max_length=16, return_tensors="pt").input_ids
-    assert tokens[0, :8].tolist() == [512, 64, 333, 78, 86, 331, 513, 513]
+    assert tokens[0, 0] == 512 and tokens[0, 7:].tolist() == [513] * 9
     expected = F.normalize(open_clip.create_model(f"local-dir:{tmp_path / 'clip'}").encode_text(tokens), dim=-1)
     torch.testing.assert_close(reward.text_features(["An Owl"]), expected)
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    make_small_vocabulary(tmp_path / "clip")  # without hf_tokenizer_name open_clip would take CLIP's 49,408 tokens
+    make_small_vocabulary(tmp_path / "clip")  # without hf_tokenizer_name open_clip takes CLIP's 49,408 tokens
     with pytest.raises(UserError, match=r"49408 tokens, the model 514.*hf_tokenizer_name"):
         rewards.load_reward("clip", tmp_path, "cpu")
 
@@ -403,108 +378,69 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 # Precision.
 
 
-@each_reward
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.0025)], ids=["bf16", "fp16"])
-def test_half_types_are_close_to_fp32(rewards_root, name, dtype, error):
-    images = random_images(count=8)
-    prompts = [f"picture {i}" for i in range(8)]
-    full = rewards.load_reward(name, rewards_root, "cpu")(images, prompts)
-    half = rewards.load_reward(name, rewards_root, "cpu", dtype)(images, prompts)
-    assert half.dtype == torch.float32
-    # bf16 keeps 8 bits and fp16 11: `error` is that of a cosine, and PickScores are 100 times that.
-    torch.testing.assert_close(half, full, rtol=0, atol=error * (100 if name == "pickscore" else 1))
-    assert not torch.equal(half, full)
-
-
-@each_reward
-def test_callers_autocast_does_not_change_the_score(rewards_root, name):
-    reward = rewards.load_reward(name, rewards_root, "cpu")
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = reward(random_images(), PROMPTS)
-    assert torch.equal(inside, rewards.load_reward(name, rewards_root, "cpu")(random_images(), PROMPTS))
-
-
-def test_pickscores_logit_scale_is_not_rounded_to_bf16(rewards_root):
-    # In bf16 the logarithm 4.6052 becomes 4.59375, and every score 1 % lower.
-    reward = rewards.load_reward("pickscore", rewards_root, "cpu", torch.bfloat16)
-    assert reward.logit_scale == pytest.approx(np.exp(4.6052), rel=1e-5)
-
-
-def test_weights_stored_in_fp16_are_scored_in_fp32(rewards_root, tmp_path):
-    root = copy_of(rewards_root, tmp_path)
-    path = root / "hpsv2" / "HPS_v2_compressed.pt"
-    state = torch.load(path, weights_only=True)["state_dict"]
-    torch.save({"state_dict": {name: value.half() for name, value in state.items()}}, path)
-    half = rewards.load_reward("hpsv2", root, "cpu")
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
-    full = rewards.load_reward("hpsv2", rewards_root, "cpu")
-    torch.testing.assert_close(half(random_images(), PROMPTS), full(random_images(), PROMPTS), rtol=0, atol=1e-3)
+def test_half_types_are_close_to_fp32(rewards_root, loaded):
+    images, prompts = random_images(count=8), [f"picture {i}" for i in range(8)]
+    for name, reward in loaded.items():
+        full = reward(images, prompts)
+        with torch.autocast("cpu", torch.bfloat16):  # the caller's, which changes nothing
+            torch.testing.assert_close(reward(images, prompts), full, rtol=1e-5, atol=1e-6)
+        # bf16 keeps 8 bits and fp16 11: the error is that of a cosine, and PickScores are 100 times that.
+        for dtype, error in [(torch.bfloat16, 0.02), (torch.float16, 0.0025)]:
+            half_reward = rewards.load_reward(name, rewards_root, "cpu", dtype)
+            half = half_reward(images, prompts)
+            assert half.dtype == torch.float32 and not torch.equal(half, full)
+            torch.testing.assert_close(half, full, rtol=0, atol=error * (100 if name == "pickscore" else 1))
+            if name == "pickscore":  # in bf16 the logarithm 4.6052 becomes 4.59375, and every score 1 % lower
+                assert half_reward.logit_scale == pytest.approx(np.exp(4.6052), rel=1e-5)
 
 
 # The sum, and a user's own function.
 
 
-def test_sum_weighs_and_scales_each_reward(rewards_root):
-    loaded = {name: rewards.load_reward(name, rewards_root, "cpu") for name in rewards.REWARDS}
-    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
-    total, scores = RewardSum([(loaded[name], weight) for name, weight in weights.items()])(random_images(), PROMPTS)
-    alone = {name: reward(random_images(), PROMPTS) for name, reward in loaded.items()}
-    assert scores.keys() == weights.keys()
-    for name in weights:
-        assert torch.equal(scores[name], alone[name])
-    by_hand = 0.5 * 100 * alone["clip"] + 1 * 3 * alone["aesthetic"] + 2 * alone["pickscore"] - 300 * alone["hpsv2"]
-    torch.testing.assert_close(total, by_hand)
-
-
-def by_hand(root, weights, images, function=None):
-    """The weighted sum by plain autograd, every reward on its own."""
-    terms = [weight * reward.scale * reward(images, PROMPTS) for name, weight in weights.items() for reward in [
-        rewards.load_reward(name, root, "cpu", torch.float64)
-    ]]  # fmt: skip
-    return sum(terms) + (function(images) if function else 0)
-
-
-def test_the_gradient_of_the_sum_is_autograds(rewards_root, tmp_path):
-    """Also of a user's function that looks at all images at once."""
+def test_the_sum_and_its_gradient_are_those_of_its_terms(loaded, rewards_root, tmp_path):
+    """Also with a user's function that looks at all images at once."""
     file = tmp_path / "mine.py"
     body = "return (images - images.mean(dim=0)).square().sum(dim=(1, 2, 3))"
     file.write_text(f"def spread(images, prompts):\n    {body}\n")
     weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0, "hpsv2": -3.0}
-    loaded = [(rewards.load_reward(name, rewards_root, "cpu", torch.float64), w) for name, w in weights.items()]
-    summed = RewardSum([*loaded, (load_function(f"{file}:spread"), 0.1)])
+    wide = {name: rewards.load_reward(name, rewards_root, "cpu", torch.float64) for name in weights}
+    summed = RewardSum([*((wide[name], w) for name, w in weights.items()), (load_function(f"{file}:spread"), 0.1)])
     images, same = (random_images().double().requires_grad_() for _ in range(2))
-    (-7 * summed(images, PROMPTS)[0].mean()).backward()
-    spread = lambda x: 0.1 * (x - x.mean(dim=0)).square().sum(dim=(1, 2, 3))  # noqa: E731
-    (-7 * by_hand(rewards_root, weights, same, spread).mean()).backward()
+    total, scores = summed(images, PROMPTS)
+    alone = {name: reward(same, PROMPTS) for name, reward in wide.items()}
+    by_hand = 0.5 * 100 * alone["clip"] + 1 * 3 * alone["aesthetic"] + 2 * alone["pickscore"] - 300 * alone["hpsv2"]
+    by_hand = by_hand + 0.1 * (same - same.mean(dim=0)).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(total, by_hand, rtol=1e-12, atol=0)
+    for name in weights:
+        torch.testing.assert_close(scores[name], alone[name].detach(), rtol=1e-12, atol=0)
+    (-7 * total.mean()).backward()
+    (-7 * by_hand.mean()).backward()
     assert same.grad.norm() > 0
     torch.testing.assert_close(images.grad, same.grad, rtol=1e-9, atol=1e-12)
-    with torch.no_grad():
-        assert not summed(images, PROMPTS)[0].requires_grad
+    with pytest.raises(UserError, match="all rewards have weight 0"):
+        RewardSum([])
 
 
-@pytest.mark.parametrize("quick_gelu, runs", [(True, 1), (False, 2)])
-def test_equal_towers_run_once(rewards_root, tmp_path, quick_gelu, runs):
-    """The CLIP reward from the aesthetic one's own file; with another activation it is another tower."""
-    root = copy_of(rewards_root, tmp_path)
+@pytest.mark.parametrize(
+    "difference, runs", [({}, 1), ({"quick_gelu": False}, 2), ({"mean": [0.5, 0.5, 0.5]}, 2)], ids=str
+)
+def test_equal_towers_run_once(root, difference, runs):
+    """A CLIP reward with the aesthetic reward's tower; with another activation or mean it is another tower."""
     shutil.rmtree(root / "clip")
     shutil.copytree(root / "aesthetic" / "clip", root / "clip")
-    tiny.write_json(
-        root / "clip" / "open_clip_config.json",
-        {"model_cfg": tiny.OPEN_CLIP | {"quick_gelu": quick_gelu}, "preprocess_cfg": {}},
-    )
-    weights, calls = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 2.0}, []
-    loaded = [(rewards.load_reward(name, root, "cpu", torch.float64), weight) for name, weight in weights.items()]
-    summed = RewardSum(loaded)
-    for tower in {reward.visual for reward, _ in loaded[:2]}:
+    model = tiny.OPEN_CLIP | {"quick_gelu": difference.get("quick_gelu", True)}
+    preprocess_cfg = {"mean": difference["mean"]} if "mean" in difference else {}
+    change_json(root / "clip" / "open_clip_config.json", model_cfg=model, preprocess_cfg=preprocess_cfg)
+    names, calls = ("clip", "aesthetic", "pickscore"), []
+    loaded = [rewards.load_reward(name, root, "cpu") for name in names]
+    images = random_images()
+    expected = {reward.name: reward(images, PROMPTS) for reward in loaded}
+    summed = RewardSum([(reward, 1.0) for reward in loaded])
+    for tower in {reward.visual for reward in loaded[:2]}:
         tower.register_forward_hook(lambda *_: calls.append(1))
-    images, same = (random_images().double().requires_grad_() for _ in range(2))
-    total, _ = summed(images, PROMPTS)
+    _, scores = summed(images, PROMPTS)
     assert len(calls) == runs
-    expected = by_hand(root, weights, same)
-    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
-    total.sum().backward()
-    expected.sum().backward()
-    torch.testing.assert_close(images.grad, same.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scores, expected)
 
 
 def test_users_function_is_a_reward_of_scale_1(tmp_path):
@@ -532,35 +468,51 @@ def test_users_function_is_a_reward_of_scale_1(tmp_path):
         RewardSum([(brightness, 1.0), (load_function(f"{file}:brightness"), 1.0)])
 
 
-@pytest.mark.parametrize(
-    "spec, complaint",
-    [
+def test_unusable_functions_are_refused(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "text.txt").write_text("")
+    for spec, complaint in [
         ("brightness", "expected path/to/file.py:function"),
         ("{folder}/none.py:brightness", "no such file"),
         ("{folder}/broken.py:brightness", "fails on import .ZeroDivisionError"),
         ("{folder}/empty.py:brightness", "has no function brightness"),
-        ("{folder}/text.txt:brightness", "no Python file"),
-    ],
-)
-def test_unusable_functions_are_refused(tmp_path, spec, complaint):
-    (tmp_path / "broken.py").write_text("1 / 0\n")
-    (tmp_path / "empty.py").write_text("")
-    (tmp_path / "text.txt").write_text("")
-    with pytest.raises(UserError, match=complaint):
-        load_function(spec.format(folder=tmp_path))
+        ("{folder}/text.txt:brightness", "not a Python file"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            load_function(spec.format(folder=tmp_path))
 
 
-def test_an_empty_sum_is_refused():
-    with pytest.raises(UserError, match="no reward has a weight"):
-        RewardSum([])
-
-
-# Bad input and bad files.
-
-
-def test_unusable_images_are_refused(rewards_root):
-    reward = rewards.load_reward("aesthetic", rewards_root, "cpu")
+def test_a_users_file_that_imports_hpsv2_gets_the_package(tmp_path, monkeypatch):
+    """The repository comes first on the path, as for its programs; without a package the message names what to do."""
+    package = tmp_path / "site" / "hpsv2" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("def score(images):\n    return images.mean(dim=(1, 2, 3))\n")
+    (tmp_path / "top.py").write_text("from hpsv2 import score\ndef mine(images, prompts):\n    return score(images)\n")
+    (tmp_path / "late.py").write_text("def mine(images, prompts):\n    import hpsv2\n    return hpsv2.score(images)\n")
+    others = [entry for entry in sys.path if not Path(entry, "hpsv2").exists()]
     images = random_images()
+
+    def scores(file, path):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "hpsv2", raising=False)
+            patch.setattr(sys, "path", [str(REPOSITORY), *path, *others])
+            try:
+                return load_function(f"{tmp_path / file}:mine")(images, PROMPTS)
+            finally:
+                sys.modules.pop("hpsv2", None)
+
+    for file in ("top.py", "late.py"):
+        torch.testing.assert_close(scores(file, [str(tmp_path / "site")]), images.mean(dim=(1, 2, 3)))
+        with pytest.raises(UserError, match="no package hpsv2 is installed.*pip install hpsv2"):
+            scores(file, [])
+
+
+# Bad input.
+
+
+def test_unusable_images_are_refused(loaded):
+    reward, images = loaded["aesthetic"], random_images()
     for wrong, complaint in [
         (images[0], r"shape \(3, 64, 64\), expected \(B, 3, H, W\)"),
         (images[:, :1], r"shape \(3, 1, 64, 64\), expected \(B, 3, H, W\)"),
@@ -573,13 +525,11 @@ def test_unusable_images_are_refused(rewards_root):
     for prompts, complaint in [(PROMPTS[:2], "2 prompts for 3 images"), ("abc", "one string for 3 images")]:
         with pytest.raises(ValueError, match=complaint):
             reward(images, prompts)
+    images[1, 0, 0, 0] = torch.nan  # passes through, for the caller to handle
+    assert loaded["clip"](images, PROMPTS).isnan().tolist() == [False, True, False]
 
 
-def test_not_a_number_passes_through_for_the_caller_to_handle(rewards_root):
-    images = random_images()
-    images[1, 0, 0, 0] = torch.nan
-    score = rewards.load_reward("clip", rewards_root, "cpu")(images, PROMPTS)
-    assert score.isnan().tolist() == [False, True, False]
+# Files.
 
 
 def test_check_files_names_everything_that_is_missing(tmp_path, monkeypatch):
@@ -592,26 +542,20 @@ def test_check_files_names_everything_that_is_missing(tmp_path, monkeypatch):
         "open_clip ViT-L-14-quickgelu (openai)",
         f"{tmp_path}/aesthetic/{aesthetic.HEAD}; get it: python download_models.py --only aesthetic --root {tmp_path}",
         f"{tmp_path}/pickscore/pickmodel/config.json; get it: python download_models.py --only pickscore",
-        f"{tmp_path}/pickscore/pickmodel/model.safetensors; get it",
-        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt; get it: python download_models.py --only hpsv2",
+        f"{tmp_path}/pickscore/pickmodel/model.safetensors (or pytorch_model.bin, or shards with their .index.json)",
+        f"{tmp_path}/hpsv2/HPS_v2_compressed.pt (or HPS_v2_compressed.safetensors, open_clip_model.safetensors",
+        "get it: python download_models.py --only hpsv2",
     ]:
         assert part in message
     rewards.check_files([], tmp_path)
-    with pytest.raises(UserError, match="no reward is called beauty; there are clip, aesthetic"):
+    with pytest.raises(UserError, match="no reward is called beauty; choose from clip, aesthetic"):
         rewards.check_files(["beauty"], tmp_path)
 
 
-@each_reward
-def test_check_files_accepts_whole_folders_and_misses_each_file(rewards_root, tmp_path, name):
-    rewards.check_files([name], rewards_root)
-    files = {
-        "clip": ["clip/open_clip_model.safetensors"],
-        "aesthetic": [f"aesthetic/{aesthetic.HEAD}", "aesthetic/clip/open_clip_model.safetensors"],
-        "pickscore": ["pickscore/pickmodel/config.json", "pickscore/pickmodel/model.safetensors"],
-        "hpsv2": ["hpsv2/HPS_v2_compressed.pt"],
-    }[name]
-    root = copy_of(rewards_root, tmp_path)
-    for file in files:
+def test_check_files_accepts_whole_folders_and_misses_each_file(root, tmp_path):
+    files = [*WEIGHTS.items(), ("aesthetic", f"aesthetic/{aesthetic.HEAD}")]
+    for name, file in [*files, ("pickscore", "pickscore/pickmodel/config.json")]:
+        rewards.check_files([name], root)
         (root / file).rename(tmp_path / "aside")
         with pytest.raises(UserError, match=re.escape(f"{name}: {root / file}")):
             rewards.load_reward(name, root, "cpu")
@@ -629,68 +573,201 @@ def test_towers_are_found_in_the_hubs_cache(tmp_path, monkeypatch):
     rewards.check_files(["clip"], tmp_path / "root")
 
 
-def test_weights_of_another_architecture_are_named(rewards_root, tmp_path):
-    root = copy_of(rewards_root, tmp_path)
-    path = root / "hpsv2" / "HPS_v2_compressed.pt"
-    state = torch.load(path, weights_only=True)["state_dict"]
-    del state["ln_final.weight"]
-    state["extra.weight"] = torch.zeros(1)
-    state["visual.proj"] = torch.zeros(2, 2)
-    torch.save({"state_dict": state}, path)
-    complaint = (
-        rf"{path}.*missing: ln_final.weight; unexpected: extra.weight; "
-        r"of another shape: visual.proj \(2, 2\), not \(32, 32\)"
-    )
-    with pytest.raises(UserError, match=complaint):
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def shard(state, folder, name, save):
+    """Write two shards and their index as transformers and huggingface_hub do."""
+    names, stem, suffix = sorted(state), *name.split(".")
+    parts = [names[: len(names) // 2], names[len(names) // 2 :]]
+    files = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    for part, file in zip(parts, files, strict=True):
+        save({key: state[key] for key in part}, folder / file)
+    weight_map = {key: file for part, file in zip(parts, files, strict=True) for key in part}
+    tiny.write_json(folder / f"{name}.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder / files[1]
+
+
+def test_open_clip_weights_as_trainers_save_them(root, loaded):
+    """CLIP, HPS v2 and the aesthetic tower under prefixes, nested, with harmless extras, in half precision, sharded."""
+    images, expected = random_images(), {name: loaded[name](random_images(), PROMPTS) for name in WEIGHTS}
+    extras = {"attn_mask": torch.zeros(77, 77), "logit_bias": torch.zeros(1), "logit_scale": torch.tensor([4.6])}
+    for name, folder in [("clip", root / "clip"), ("hpsv2", root / "hpsv2"), ("aesthetic", root / "aesthetic/clip")]:
+        path = root / WEIGHTS[name]
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
+        path.unlink()
+        text = {key: state[key] for key in state if not key.startswith(("visual.", "logit_"))}
+        custom = {key: state[key] for key in state if key not in text} | prefixed(text, "text.")
+        bare = {f"module.{key.replace('visual.', 'visual._orig_mod.')}": value for key, value in state.items()}
+        for file, content in {
+            "open_clip_pytorch_model.bin": {"epoch": 3, "state_dict": prefixed(state | extras, "module.")},
+            "open_clip_model.safetensors": prefixed(state | extras, "module._orig_mod.model.clip."),
+            "pytorch_model.bin": {"model": custom, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+            "model.safetensors": bare,
+        }.items():
+            (torch.save if file.endswith(".bin") else save_file)(content, folder / file)
+            score = rewards.load_reward(name, root, "cpu")(images, PROMPTS)
+            torch.testing.assert_close(score, expected[name], rtol=1e-5, atol=1e-6)
+            (folder / file).unlink()
+        for dtype, file in [(torch.float16, "open_clip_model.safetensors"), (torch.bfloat16, "pytorch_model.bin")]:
+            save = torch.save if file.endswith(".bin") else save_file
+            last = shard({key: value.to(dtype) for key, value in state.items()}, folder, file, save)
+            reward = rewards.load_reward(name, root, "cpu")
+            assert {parameter.dtype for parameter in reward.parameters()} == {torch.float32}
+            torch.testing.assert_close(reward(images, PROMPTS), expected[name], rtol=0, atol=0.1)
+            last.unlink()
+            with pytest.raises(UserError, match=f"{last.name}; {file}.index.json lists it as a shard"):
+                rewards.check_files([name], root)
+            (folder / f"{file}.index.json").unlink()
+
+
+def test_transformers_weights_as_trainers_save_them(root, loaded, pictures):
+    """PickScore, and a CLIP reward from a transformers folder: cosines of the same model, without its temperature."""
+    folder, images = root / "pickscore" / "pickmodel", to_images(pictures)
+    expected = loaded["pickscore"](images, PROMPTS)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    doubled = {re.sub(r"^(text|vision)_model\.", r"\1_model.\1_model.", name): state[name] for name in state}
+    scale = {"logit_scale": state["logit_scale"].reshape(1)}
+    for file, content in {
+        "model.safetensors": prefixed(doubled | scale, "_orig_mod.module."),
+        "pytorch_model.bin": {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 1e-6}},
+    }.items():
+        (torch.save if file.endswith(".bin") else save_file)(content, folder / file)
+        torch.testing.assert_close(rewards.load_reward("pickscore", root, "cpu")(images, PROMPTS), expected)
+        (folder / file).unlink()
+    shard({name: value.clone() for name, value in state.items()}, folder, "model.safetensors", save_file)
+    torch.testing.assert_close(rewards.load_reward("pickscore", root, "cpu")(images, PROMPTS), expected)
+    shutil.rmtree(root / "clip")
+    shutil.copytree(folder, root / "clip")
+    score = rewards.load_reward("clip", root, "cpu")(images, PROMPTS)
+    torch.testing.assert_close(score * loaded["pickscore"].logit_scale, expected)
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line(root, caplog):
+    hps, pick = root / WEIGHTS["hpsv2"], root / WEIGHTS["pickscore"]
+    state, pickstate = torch.load(hps, weights_only=True)["state_dict"], load_file(pick)
+    head = root / "aesthetic" / aesthetic.HEAD
+    headstate = torch.load(head, weights_only=True)
+    first = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    misfit = {name: state[name] for name in state if name != "ln_final.weight"}
+    misfit |= {"extra.weight": torch.zeros(1), "visual.proj": torch.zeros(2, 2)}
+    text_only = {name: state[name] for name in state if not name.startswith("visual.")}
+    visual_only = {name: value for name, value in pickstate.items() if name.startswith("vision_model.")}
+    for name, path, content, complaint in [
+        (
+            "hpsv2",
+            hps,
+            misfit,
+            r"missing: ln_final.weight; unexpected: extra.weight; of another shape: visual.proj \(2",
+        ),
+        ("hpsv2", hps, text_only, "expected a CLIP model under open_clip's names, found"),
+        ("hpsv2", hps, pickstate, "expected a CLIP model under open_clip's names, found"),
+        ("hpsv2", hps, state | {first: state[first] / 0}, f"{first} holds NaN or infinity"),
+        ("hpsv2", hps, state | {first: state[first].to(torch.int8)}, f"{first} holds torch.int8 numbers, expected flo"),
+        ("pickscore", pick, visual_only, r"missing: logit_scale, text_model"),
+        ("pickscore", pick, state, "expected a transformers CLIPModel, found"),
+        ("pickscore", pick, pickstate | {"logit_scale": torch.tensor(torch.nan)}, "logit_scale holds NaN or infinity"),
+        ("aesthetic", head, headstate | {"layers.0.weight": torch.zeros(32, 768)}, "768 numbers, the tower gives 32"),
+        ("aesthetic", head, {"linear.weight": torch.zeros(1, 32)}, "expected an aesthetic head .layers.0.weight"),
+        ("aesthetic", head, {"layers.0.weight": torch.zeros(1, 32)}, "expected the matrices layers.0.weight, layers.2"),
+    ]:
+        before = path.read_bytes()
+        save_file(content, path) if path.suffix == ".safetensors" else torch.save({"state_dict": content}, path)
+        with pytest.raises(UserError, match=complaint) as error:
+            rewards.load_reward(name, root, "cpu")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        path.write_bytes(before)
+    # A head of the user's own beside a prefixed CLIP would change the score: it is not passed over in silence.
+    torch.save(prefixed(state, "clip.") | {"my_head.weight": torch.zeros(1, 32)}, hps)
+    with caplog.at_level(logging.WARNING, "rewards"):
         rewards.load_reward("hpsv2", root, "cpu")
+    assert "HPS_v2_compressed.pt: not used: my_head.weight" in caplog.text
 
 
-def test_a_pickmodel_that_lacks_weights_is_refused(rewards_root, tmp_path):
-    root = copy_of(rewards_root, tmp_path)
-    config = root / "pickscore" / "pickmodel" / "config.json"
-    content = json.loads(config.read_text())
-    content["vision_config"]["num_hidden_layers"] = 3
-    content["projection_dim"] = 16
-    tiny.write_json(config, content)
-    with pytest.raises(UserError, match=r"missing: vision_model\.\S+\.2\..*visual_projection.weight \(32, 32\), not"):
-        rewards.load_reward("pickscore", root, "cpu")
-
-
-def test_a_head_for_another_tower_is_refused(rewards_root, tmp_path):
-    root = copy_of(rewards_root, tmp_path)
-    path = root / "aesthetic" / aesthetic.HEAD
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"layers.0.weight": torch.zeros(32, 768)}, path)
-    with pytest.raises(UserError, match="embeddings of 768 numbers, the tower gives 32"):
-        rewards.load_reward("aesthetic", root, "cpu")
-    torch.save({"linear.weight": torch.zeros(1, 32)}, path)
-    with pytest.raises(UserError, match=r"no aesthetic head: it holds linear.weight; expected layers.0.weight"):
-        rewards.load_reward("aesthetic", root, "cpu")
-
-
-@pytest.mark.parametrize(
-    "name, file",
-    [
-        ("clip", "clip/open_clip_model.safetensors"),
-        ("clip", "clip/open_clip_config.json"),
-        ("hpsv2", "hpsv2/HPS_v2_compressed.pt"),
-        ("pickscore", "pickscore/pickmodel/model.safetensors"),
-        ("pickscore", "pickscore/pickmodel/config.json"),
+def test_damaged_files_are_named_in_one_line(root):
+    for name, file in [
+        *WEIGHTS.items(),
         ("aesthetic", f"aesthetic/{aesthetic.HEAD}"),
-    ],
-)
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
-def test_damaged_files_are_named_in_one_line(rewards_root, tmp_path, name, file, content):
-    root = copy_of(rewards_root, tmp_path)
-    (root / file).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        rewards.load_reward(name, root, "cpu")
-    assert str((root / file).parent) in str(error.value)
-    assert "\n" not in str(error.value)
+        ("clip", "clip/open_clip_config.json"),
+        ("pickscore", "pickscore/pickmodel/config.json"),
+        ("pickscore", "pickscore/pickmodel/preprocessor_config.json"),
+        ("pickscore", "pickscore/pickmodel/tokenizer.json"),
+    ]:
+        before = (root / file).read_bytes() if (root / file).exists() else None
+        for content in (b"", b"<html>not found</html>", b'{"a": 3', b"[]"):
+            (root / file).write_bytes(content)
+            with pytest.raises(UserError) as error:
+                rewards.load_reward(name, root, "cpu")
+            assert str((root / file).parent) in str(error.value)
+            assert "\n" not in str(error.value)
+        (root / file).unlink() if before is None else (root / file).write_bytes(before)
 
 
-def test_pickles_that_would_run_code_are_refused(rewards_root, tmp_path):
-    root = copy_of(rewards_root, tmp_path)
-    torch.save({"state_dict": {"a": Path("/")}}, root / "hpsv2" / "HPS_v2_compressed.pt")
-    with pytest.raises(UserError, match="HPS_v2_compressed.pt cannot be read as weights"):
-        rewards.load_reward("hpsv2", root, "cpu")
+class RandomNumbers(TorchDispatchMode):
+    """Counts the random numbers that are drawn into memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in function.tags and not result.is_meta:
+            self.count += result.numel()
+        return result
+
+
+def test_towers_are_filled_once(rewards_root):
+    """No random numbers first but for a few vectors; constants such as the attention mask are right."""
+    for name in rewards.REWARDS:
+        with RandomNumbers() as drawn:
+            reward = rewards.load_reward(name, rewards_root, "cpu")
+        weights = sum(parameter.numel() for parameter in reward.parameters())
+        assert drawn.count < weights / 10
+        assert not any(tensor.is_meta for tensor in (*reward.parameters(), *reward.buffers()))
+    with RandomNumbers() as drawn:
+        built = open_clip.CLIP(**tiny.OPEN_CLIP)
+    assert drawn.count > 1e6
+    mask = torch.full((77, 77), -torch.inf).triu(1)
+    assert torch.equal(rewards.load_reward("clip", rewards_root, "cpu").tower.attn_mask, mask)
+    assert built.attn_mask.equal(mask)
+    aesthetic_reward = rewards.load_reward("aesthetic", rewards_root, "cpu")
+    assert sum(parameter.numel() for parameter in aesthetic_reward.parameters()) < 50_000  # no text tower
+
+
+def test_a_new_reward_needs_its_module_and_its_line_in_the_registry(tmp_path, monkeypatch):
+    (tmp_path / "redness.py").write_text(
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "from rewards.base import Reward\n"
+        "class Redness(Reward):\n"
+        "    name, scale, image_size = 'redness', 2.0, (8, 8)\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.tower = nn.Linear(1, 1)\n"
+        "    def encode_image(self, pixels):\n"
+        "        return pixels.mean(dim=(2, 3))\n"
+        "    def score(self, image_features, prompts):\n"
+        "        return image_features[:, 0]\n"
+        "def missing(root):\n"
+        "    return [] if (root / 'redness').is_dir() else [f'{root}/redness; make it']\n"
+        "def load(root, device, dtype):\n"
+        "    return Redness().frozen(device, dtype)\n"
+    )
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    monkeypatch.setitem(rewards.REWARDS, "redness", (1.0, "weight of the redness"))
+    try:
+        with pytest.raises(UserError, match="redness: .*/redness; make it"):
+            rewards.load_reward("redness", tmp_path, "cpu")
+        (tmp_path / "redness").mkdir()
+        images = random_images().requires_grad_()
+        total, scores = RewardSum([(rewards.load_reward("redness", tmp_path, "cpu"), 3.0)])(images, PROMPTS)
+        torch.testing.assert_close(total, 6 * scores["redness"])
+        total.sum().backward()
+        assert images.grad.abs().sum() > 0
+    finally:
+        sys.modules.pop("rewards.redness", None)
+    done = subprocess.run(
+        [sys.executable, "-c", "import rewards, sys; sys.exit('torch' in sys.modules)"], cwd=REPOSITORY, timeout=60
+    )
+    assert done.returncode == 0  # the registry alone is quick to import
