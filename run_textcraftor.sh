@@ -1,6 +1,6 @@
 #!/bin/sh
-# Train on every visible GPU, or on the CPU of a machine without. Without arguments this is the paper's run; what you
-# add comes last and wins:
+# Train on every visible GPU, or on the CPU of a machine without. Without arguments this is the
+# released script's run on 8 GPUs; what you add comes last and wins:
 #   sh run_textcraftor.sh
 #   sh run_textcraftor.sh --hpsv2 2. --output-path output/more_hpsv2
 #   sh run_textcraftor.sh --model miniature        the small model that ships here, in minutes, with its own defaults

@@ -1,32 +1,73 @@
-# Sourced by the scripts beside it, with `repository` set to this folder. Leaves the Python environment to use active:
-# the virtual or conda environment that is active already, as it is; else .venv, made here and filled from
-# requirements.txt if it has not been filled from this very file before. Defines `launch`, which starts a program.
+# Sourced by the scripts beside it, with `repository` set to this folder and `requirements` to the files of packages that
+# are needed. Leaves the Python environment to use active: the virtual or conda environment that is active already, if it
+# has the packages; otherwise .venv, made here. Defines `launch`, which starts a program.
+requirements=${requirements:-requirements.txt}
+
+# Whether the active Python has all packages of the requirements, in the versions they ask for; prints what it lacks.
+has_packages() {
+    python - "$repository/$requirements" <<'PYTHON'
+import importlib.metadata
+import pathlib
+import re
+import sys
+
+
+def lines(path):
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            yield from lines(path.with_name(line[3:].strip()))
+        elif line.strip() and not line.startswith("#"):
+            yield line.strip()
+
+
+def numbers(version):
+    return [int(part) for part in re.match(r"[\d.]*\d", version)[0].split(".")]
+
+
+lacking = []
+for line in lines(pathlib.Path(sys.argv[1])):
+    name, _, least = line.partition(">=")
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        lacking.append(f"{name} is missing")
+        continue
+    if numbers(found) < numbers(least):
+        lacking.append(f"{name} is {found}, older than {least}")
+if lacking:
+    sys.exit("; ".join(lacking))
+PYTHON
+}
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] && ! has_packages 2>/dev/null; then
+    echo "conda's base environment lacks packages and is left alone; using $repository/.venv"
+    CONDA_PREFIX=
+fi
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    if ! cmp -s "$repository/requirements.txt" "$repository/.venv/installed_requirements.txt"; then
+    if ! cat "$repository/requirements.txt" "$repository/$requirements" |
+        cmp -s - "$repository/.venv/installed_$requirements"; then
         if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
             echo "error: python3 is missing or older than 3.10; install Python 3.10 or newer" >&2
             exit 1
         fi
-        echo "Setting up $repository/.venv (once; some minutes)"
+        echo "Setting up $repository/.venv (once; takes some minutes)"
         if ! python3 -m venv "$repository/.venv"; then
             echo "error: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv" >&2
             exit 1
         fi
         "$repository/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            -r "$repository/requirements.txt" || exit 1
-        cp "$repository/requirements.txt" "$repository/.venv/installed_requirements.txt"
+            -r "$repository/$requirements" || exit 1
+        cat "$repository/requirements.txt" "$repository/$requirements" > "$repository/.venv/installed_$requirements"
     fi
     . "$repository/.venv/bin/activate"
-elif ! python -c 'import sys; from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("torch", "accelerate", "diffusers", "transformers", "open_clip", "pandas", "pyarrow",
-                                 "matplotlib", "tensorboard", "pytest"))))'; then
-    echo "error: the active Python environment lacks packages; pip install -r $repository/requirements.txt" >&2
+elif ! lacking=$(has_packages 2>&1); then
+    echo "error: the active Python environment does not fit ($lacking); run: pip install -r $repository/$requirements" >&2
     exit 1
 fi
 
-# Run a program of this folder, $1, on every visible GPU, or on the CPU of a machine without; the rest is its arguments.
-# On several nodes, run the same command on each: NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, as for torchrun, say
-# which this is and where the first is; within `srun`, of one task a node, Slurm says the first two.
+# Run program $1 of this folder, with the remaining arguments, on every visible GPU, or on the CPU if there is none.
+# On several nodes, run the same command on each, with torchrun's variables NNODES, NODE_RANK, MASTER_ADDR and
+# MASTER_PORT set; under `srun` with one task per node, Slurm provides the first two.
 launch() {
     program=$repository/$1
     shift

@@ -7,6 +7,7 @@ Same prompts and noise before and after; the tuned encoder drives the last 15 of
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from rewards import REWARDS, load_reward
 from rewards.own import load_function
 from rewards.sum import RewardSum
 from textcraftor.errors import UserError, run_program
-from textcraftor.models import embed_prompts, encode_prompts, load_model, quiet_libraries
+from textcraftor.models import latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid
+from textcraftor.precision import PRECISIONS, choose_precision
 from textcraftor.prompts import read_prompts
-from textcraftor.sampling import decode, make_scheduler, sample_latents
-from textcraftor.validation import TEST_GRAD_STEPS, comparison, validate, validation_noise
+from textcraftor.sampling import make_images, make_scheduler
+from textcraftor.statistics import paired_table
+from textcraftor.validation import validate, validation_noise
 from textcraftor.weight_files import load_text_encoder
 
 HERE = Path(__file__).parent
@@ -36,7 +40,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="first prompt, counted from 0")
     parser.add_argument("--count", type=int, default=512, help="how many prompts")
     parser.add_argument("--guidance", type=float, default=defaults.get("guidance", 7.5))
-    parser.add_argument("--grad_steps", type=int, default=TEST_GRAD_STEPS, help="steps that the tuned encoder drives")
+    parser.add_argument("--grad_steps", type=int, default=TEST_TUNED_STEPS, help="steps that the tuned encoder drives")
     parser.add_argument("--picture", help="also write a before/after picture here")
     args = parser.parse_args()
 
@@ -48,31 +52,29 @@ def main() -> None:
             f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
             f"{args.prompts}, and an interval needs two"
         )
-    tokenizer, original, unet, vae, config = load_model(HERE / "stable-diffusion")
-    tuned = load_model(HERE / "stable-diffusion")[1]
+    model = load_model(HERE / "stable-diffusion")
+    tuned = copy.deepcopy(model.text_encoder)
     load_text_encoder(tuned, args.text_path)
-    unet.to(memory_format=torch.channels_last)
-    scheduler = make_scheduler(config, STEPS)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    dtype = PRECISIONS[choose_precision("auto", "cpu")[0]]
+    for network in (*model[1:4], tuned):
+        network.to(dtype)
+    scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
     weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0} | defaults  # as in training
     rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in REWARDS])
     judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
-    with torch.no_grad():
-        unconditional = encode_prompts(tokenizer, original, [""])
 
     def look(encoder):
-        def generate(batch, indices):
-            embeddings = embed_prompts(tokenizer, original, encoder, unconditional, batch)
+        networks = make_networks(model, encoder)
+
+        def sample(batch, indices):
             noise = validation_noise([args.start + i for i in indices], shape)
-            with torch.autocast("cpu", torch.bfloat16):
-                z = sample_latents(unet, scheduler, noise, *embeddings, args.guidance, args.grad_steps)
-                return decode(vae, z).float()
+            return make_images(networks, scheduler, batch, noise, tuned_steps=args.grad_steps, guidance=args.guidance)
 
-        return validate(Accelerator(cpu=True), generate, rewards, judge, prompts, 32, 16)
+        return validate(Accelerator(cpu=True, mixed_precision="no"), sample, rewards, judge, prompts, 32, 16)
 
-    before, after = look(original), look(tuned)
+    before, after = look(None), look(tuned)
     print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
-    print(comparison(before[0], after[0]))
+    print(paired_table(before[0], after[0]))
     if args.picture:
         before_after_grid(before, after, prompts, "tuning", Path(args.picture))
 

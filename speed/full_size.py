@@ -15,6 +15,7 @@ import copy
 import resource
 import time
 from collections import Counter
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
@@ -22,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize
-from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held
+from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held, in_use
 from speed.step import plain_step
+from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
 from textcraftor.options import make_parser, require
-from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.sampling import decode, make_scheduler, predict_noise, prompt_noise, sample_last_k
 
 GUIDANCE = 7.5
 PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly detailed"
@@ -159,7 +161,7 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
 
     The gradient is carried by hand from part to part, as autograd would: every boundary is a leaf of its own.
     """
-    original, tuned, unet, vae, rewards = networks
+    _, tuned, unet, vae, rewards = networks
     tokenizer = clip_tokenizer()
     first, last = copy.copy(scheduler), copy.copy(scheduler)
     times = scheduler.timesteps.tolist()
@@ -173,16 +175,17 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
         return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
 
     with part("prompt embeddings"):
-        with torch.no_grad():
-            unconditional = encode_prompts(tokenizer, original, [""])
+        used = in_use(networks, tokenizer)
         with autocast(tuned):
-            early, late = embed_prompts(tokenizer, original, tuned, unconditional, prompts)
+            early, late = embed_prompts(used, prompts)
+    (late,) = late.values()
     late_leaf = late.detach().requires_grad_(late.requires_grad)
+    predict, tuned_conditions = partial(predict_noise, unet, GUIDANCE), {"encoder_hidden_states": late_leaf}
     with part("first steps, no gradient"), autocast(unet):
-        z = sample_latents(unet, first, noise, early, early, GUIDANCE, 0)
+        z = sample_last_k(predict, first, noise, early, early, 0)
     with part("last steps"), autocast(unet):
         recompute = args.gradient_checkpointing == "full"
-        z = sample_latents(unet, last, z, early, late_leaf, GUIDANCE, args.grad_steps, recompute)
+        z = sample_last_k(predict, last, z, early, tuned_conditions, args.grad_steps, recompute)
     z_leaf = z.detach().requires_grad_()
     with part("VAE"):
         images = decode(vae, z_leaf, args.vae_checkpointing)

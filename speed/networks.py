@@ -15,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from rewards.aesthetic import Aesthetic
 from rewards.pickscore import PickScore
 from rewards.towers import OpenClipReward
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer
+from textcraftor.embeddings import encode_prompts
+from textcraftor.models import SD_V1_CONFIGS, Networks, clip_tokenizer
 
 WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}  # the paper's
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -123,3 +124,11 @@ class LiveBytes(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         tree_map_only(torch.Tensor, self.add, result)
         return result
+
+
+def in_use(networks, tokenizer):
+    """The first four of `networks` as a models.Networks."""
+    original, tuned, unet, vae, *_ = networks
+    with torch.no_grad():
+        unconditional = encode_prompts(tokenizer, original, [""])
+    return Networks(tokenizer, original, tuned, unet, vae, unconditional)

@@ -12,6 +12,7 @@ $ python -m speed.step
 import contextlib
 import copy
 import time
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
@@ -20,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize, preprocess
 from rewards.sum import RewardSum
-from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, middle_size
+from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, in_use, middle_size
+from textcraftor.embeddings import embed_prompts, encode_prompts
 from textcraftor.errors import run_program
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, embed_prompts, encode_prompts, quiet_libraries
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
 from textcraftor.options import make_parser, require
-from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.sampling import decode, make_scheduler, predict_noise, prompt_noise, sample_last_k
 
 T, K, GUIDANCE = 25, 5, 7.5
 
@@ -40,9 +42,14 @@ OPTIONS = (
 def plain_step(networks, tokenizer, scheduler, prompts, noise):
     """-> (total (B,)); gradients in all networks but the VAE, those of the UNet and the rewards never used."""
     original, tuned, unet, vae, rewards = networks
+
+    def encode(encoder):
+        rows = [encode_prompts(tokenizer, encoder, texts) for texts in ([""] * len(prompts), prompts)]
+        return torch.cat([row["encoder_hidden_states"] for row in rows])
+
     with torch.no_grad():
-        early = torch.cat([encode_prompts(tokenizer, original, texts) for texts in ([""] * len(prompts), prompts)])
-    late = torch.cat([encode_prompts(tokenizer, tuned, texts) for texts in ([""] * len(prompts), prompts)])
+        early = encode(original)
+    late = encode(tuned)
     z = noise
     for index, t in enumerate(scheduler.timesteps):
         has_gradient = index >= T - K
@@ -65,14 +72,14 @@ def plain_step(networks, tokenizer, scheduler, prompts, noise):
     return total
 
 
-def our_step(networks, tokenizer, scheduler, prompts, noise, summed, unconditional, low_precision, recompute):
+def our_step(networks, scheduler, prompts, noise, summed, low_precision, recompute):
     """-> (total (B,)) as train_textcraftor.py computes it."""
-    original, tuned, unet, vae, _ = networks
     # What trains keeps fp32 weights under autocast, as accelerate does it.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if low_precision else contextlib.nullcontext():
-        early, late = embed_prompts(tokenizer, original, tuned, unconditional, prompts)
-    z = sample_latents(unet, scheduler, noise, early, late.float(), GUIDANCE, K, recompute)
-    return summed(decode(vae, z), prompts)[0]
+        early, late = embed_prompts(networks, prompts)
+    late = {name: value.float() for name, value in late.items()}
+    z = sample_last_k(partial(predict_noise, networks.unet, GUIDANCE), scheduler, noise, early, late, K, recompute)
+    return summed(decode(networks.vae, z), prompts)[0]
 
 
 def main(argv=None):
@@ -98,10 +105,8 @@ def main(argv=None):
         for network in networks[1:4]:
             network.to(memory_format=torch.channels_last)
         summed = RewardSum([(reward, WEIGHTS[reward.name]) for reward in networks[4]])
-        with torch.no_grad():
-            unconditional = encode_prompts(tokenizer, networks[0], [""])
-        more = (summed, unconditional, low_precision, recompute)
-        return networks, lambda: our_step(networks, tokenizer, scheduler, prompts, noise, *more)
+        used = in_use(networks, tokenizer)
+        return networks, lambda: our_step(used, scheduler, prompts, noise, summed, low_precision, recompute)
 
     contestants = {
         "plain": (plain, lambda: plain_step(plain, tokenizer, scheduler, prompts, noise)),

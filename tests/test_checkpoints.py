@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from textcraftor import weight_files
-from textcraftor.checkpoints import last_state
 from textcraftor.errors import UserError
 from textcraftor.models import SD_V1_CONFIGS, load_model
 from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
@@ -165,10 +164,3 @@ def test_a_failed_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_text_encoder(model[1].state_dict(), path)
     assert path.read_bytes() == before
-
-
-def test_the_last_whole_state_is_found(tmp_path):
-    assert last_state(tmp_path) == (None, 0)
-    for name in ("step_000100", "step_1000000", "step_000900", "unfinished"):
-        (tmp_path / name).mkdir()
-    assert last_state(tmp_path) == (tmp_path / "step_1000000", 1_000_000)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rewards import REWARDS, load_reward
-from textcraftor.models import embed_prompts, encode_prompts, load_model
-from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.models import Model, load_model, make_networks
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 
 PROMPTS = ["a red fox", "two apples on a table"]
 T, K, GUIDANCE = 5, 3, 7.5
@@ -72,11 +72,9 @@ def test_gradient_equals_the_naive_unroll(double_model, rewards_root, name, trai
     try:
         expected_score = reward(naive_images(double_model, noise, weighting), PROMPTS).mean()
         expected = gradient(expected_score, parameters)
-        with torch.no_grad():
-            unconditional = encode_prompts(tokenizer, original, [""])
-        pair = embed_prompts(tokenizer, original, tuned, unconditional, PROMPTS, weighting)
-        z = sample_latents(unet, make_scheduler(config, T), noise.double(), *pair, GUIDANCE, K)
-        score = reward(decode(vae, z), PROMPTS).mean()
+        networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned)
+        how = {"tuned_steps": K, "guidance": GUIDANCE, "weighting": weighting, "checkpoint": True}
+        score = reward(make_images(networks, make_scheduler(config, T), PROMPTS, noise.double(), **how), PROMPTS).mean()
         found = gradient(score, parameters)
     finally:
         network.requires_grad_(False)
@@ -85,19 +83,18 @@ def test_gradient_equals_the_naive_unroll(double_model, rewards_root, name, trai
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_recomputing_changes_no_bit_of_the_gradient(double_model):
+def test_recomputing_changes_nothing_of_the_gradient(double_model):
     tokenizer, original, tuned, unet, vae, config = double_model
     parameters = [*tuned.requires_grad_(True).parameters(), *unet.requires_grad_(True).parameters()]
     noise = prompt_noise(0, [0, 1], (4, 8, 8)).double()
     try:
-        with torch.no_grad():
-            unconditional = encode_prompts(tokenizer, original, [""])
+        networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned)
         found = []
-        for checkpoint in (True, False):
-            pair = embed_prompts(tokenizer, original, tuned, unconditional, PROMPTS)
-            z = sample_latents(unet, make_scheduler(config, T), noise, *pair, GUIDANCE, K, checkpoint)
-            images = decode(vae, z, True) if checkpoint else torch.cat([decode(vae, one) for one in z.split(1)])
+        for recompute in (True, False):
+            how = {"checkpoint": recompute, "vae_checkpointing": recompute, "tuned_steps": K, "guidance": GUIDANCE}
+            images = make_images(networks, make_scheduler(config, T), PROMPTS, noise, **how)
             found.append(gradient(images.square().mean(), parameters))
     finally:
         tuned.requires_grad_(False), unet.requires_grad_(False)
-    assert found[0].norm() > 0 and torch.equal(*found)
+    assert found[0].norm() > 0
+    assert (found[1] - found[0]).norm() <= 1e-12 * found[0].norm()  # the VAE decodes one image at a time, or two

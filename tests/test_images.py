@@ -15,9 +15,9 @@ from textcraftor.benchmark.images import (
     switch_embeddings,
 )
 from textcraftor.errors import UserError
-from textcraftor.models import embed_prompts, encode_prompts, load_model
+from textcraftor.models import load_model, make_networks
 from textcraftor.options import SCHEDULERS
-from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 from textcraftor.weight_files import check_text_encoder, load_text_encoder, save_text_encoder, save_unet
 
 PROMPTS = ["a red fox", "two apples on a table", "snow"]
@@ -49,14 +49,13 @@ def make(pipeline, tuned, rows=(0, 1, 2), grad_steps=2, guidance=7.5, weighting=
 
 @pytest.mark.parametrize("grad_steps, guidance, weighting", [(2, 7.5, 1.0), (2, 7.5, 0.4), (3, 1.0, 1.0), (T, 4.0, 1)])
 def test_ddim_gives_the_images_of_the_training_sampler(stable_diffusion, tuned_path, grad_steps, guidance, weighting):
-    tokenizer, original, unet, vae, config = load_model(str(stable_diffusion))
-    tuned = copy.deepcopy(original)
+    model = load_model(str(stable_diffusion))
+    tuned = copy.deepcopy(model.text_encoder)
     load_text_encoder(tuned, tuned_path)
+    noise, how = prompt_noise(2023, INDICES, (4, 8, 8)), {"guidance": guidance, "weighting": weighting}
     with torch.no_grad():
-        unconditional = encode_prompts(tokenizer, original, [""])
-        pairs = embed_prompts(tokenizer, original, tuned, unconditional, PROMPTS, weighting)
-        noise = prompt_noise(2023, INDICES, (4, 8, 8))
-        expected = decode(vae, sample_latents(unet, make_scheduler(config, T), noise, *pairs, guidance, grad_steps))
+        scheduler = make_scheduler(model.scheduler_config, T)
+        expected = make_images(make_networks(model, tuned), scheduler, PROMPTS, noise, tuned_steps=grad_steps, **how)
     images = make(*load(stable_diffusion, tuned_path), grad_steps=grad_steps, guidance=guidance, weighting=weighting)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     without = make(*load(stable_diffusion, tuned_path), grad_steps=0, guidance=guidance)

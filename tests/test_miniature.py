@@ -19,7 +19,7 @@ from miniature.judge import Judge, answers, see
 from miniature.preferences import PAIR_NOISE, group_of, preference_loss
 from textcraftor.benchmark.extend import extend_prompt, load_extender
 from textcraftor.benchmark.prompt_lists import PARTI
-from textcraftor.models import count_cut
+from textcraftor.embeddings import count_cut
 
 FOLDER = Path(__file__).parents[1] / "miniature"
 needs_font = pytest.mark.skipif(

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from tiny import embed, sample_latents
 
-from textcraftor.models import count_cut, embed_prompts, encode_prompts, guidance_pair, load_model
-from textcraftor.sampling import decode, make_scheduler, prompt_noise, sample_latents
+from textcraftor.embeddings import count_cut, embed_prompts
+from textcraftor.errors import UserError
+from textcraftor.models import load_model, make_networks
+from textcraftor.sampling import decode, make_scheduler, prompt_noise
 
 PROMPTS = ["a red fox", "two apples on a table"]
 T = 6
@@ -37,8 +40,17 @@ def test_every_number_of_steps_gives_as_many(model):
         assert (timesteps.diff() < 0).all()
 
 
-def test_a_scheduler_folder_serves_as_well_as_its_config(stable_diffusion, model):
-    assert make_scheduler(str(stable_diffusion), 7).config == make_scheduler(model[-1], 7).config
+def test_a_schedule_rescaled_to_zero_snr_is_kept_by_every_scheduler():
+    """As diffusers has it: training and the other samplers share the model's own noise schedule."""
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    config |= {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    expected = DDIMScheduler(**config).alphas_cumprod
+    for name in ("DDIM", "DPMSolver", "Euler"):
+        found = make_scheduler(config, 10, name).alphas_cumprod
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert expected[-1] < 1e-6 < DDIMScheduler(**config | {"rescale_betas_zero_snr": False}).alphas_cumprod[-1]
+    with pytest.raises(UserError, match="v_prediction"):
+        make_scheduler(config | {"prediction_type": "epsilon"}, 10)
 
 
 @pytest.mark.parametrize("grad_steps", [0, 2, T])
@@ -50,8 +62,8 @@ def test_equals_the_stock_pipeline(stable_diffusion, model, noise, grad_steps):
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False
     )
-    first = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *PROMPTS]))
-    late = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", "quite another thing", "snow"]))
+    first = embed(tokenizer, text_encoder, PROMPTS)
+    late = embed(tokenizer, text_encoder, ["quite another thing", "snow"])
 
     def switch(pipeline, step, t, kwargs):
         return {"prompt_embeds": late if step >= T - grad_steps - 1 else first}
@@ -73,26 +85,25 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(stable_diffusion, model)
     prompts = ["a red fox", "word " * 200]
     pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion)
     expected, unconditional = pipeline.encode_prompt(prompts, "cpu", 1, True)
-    pair = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))
+    pair = embed(tokenizer, text_encoder, prompts)
     torch.testing.assert_close(pair, torch.cat([unconditional, expected]), rtol=0, atol=1e-5)
     assert count_cut(tokenizer, [*prompts, "word " * 75, "word " * 76]) == 2  # 75 and the two marks are 77
 
 
 def test_embedding_mix(model):
-    tokenizer, original_encoder, *_ = model
-    tuned_encoder = type(original_encoder)(original_encoder.config).eval()
-    unconditional = encode_prompts(tokenizer, original_encoder, [""])
+    tuned_encoder = type(model.text_encoder)(model.text_encoder.config).eval()
 
-    def tuned(weighting, encoder=tuned_encoder):
-        return embed_prompts(tokenizer, original_encoder, encoder, unconditional, PROMPTS, weighting)
+    def mixed(weighting, encoder=tuned_encoder):
+        pair = embed_prompts(make_networks(model, encoder), PROMPTS, weighting)
+        return [conditions["encoder_hidden_states"] for conditions in pair]
 
-    pure = guidance_pair(encode_prompts(tokenizer, tuned_encoder, ["", *PROMPTS]))
-    original, all_tuned = tuned(1.0)
-    assert torch.equal(all_tuned, pure)
-    torch.testing.assert_close(tuned(0.0)[1], original)
-    torch.testing.assert_close(tuned(0.3)[1], 0.3 * pure + 0.7 * original)
-    assert not original.requires_grad
-    assert tuned(1.0, original_encoder)[1] is not None and torch.equal(*tuned(1.0, original_encoder))
+    pure = embed(model.tokenizer, tuned_encoder, PROMPTS)
+    original, all_tuned = mixed(1.0)
+    torch.testing.assert_close(original, embed(model.tokenizer, model.text_encoder, PROMPTS))
+    assert torch.equal(all_tuned, pure) and not original.requires_grad
+    torch.testing.assert_close(mixed(0.0)[1], original)
+    torch.testing.assert_close(mixed(0.3)[1], 0.3 * pure + 0.7 * original)
+    assert torch.equal(*mixed(1.0, model.text_encoder))
 
 
 def test_noise_is_a_function_of_seed_and_index_alone():
@@ -111,7 +122,7 @@ def test_an_image_does_not_depend_on_its_batch(model, noise):
     scheduler = make_scheduler(config, T)
 
     def images(rows):
-        pair = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *(PROMPTS[row] for row in rows)]))
+        pair = embed(tokenizer, text_encoder, [PROMPTS[row] for row in rows])
         with torch.no_grad():
             return decode(vae, sample_latents(unet, scheduler, noise[rows], pair, pair, 7.5, 2))
 
@@ -121,7 +132,7 @@ def test_an_image_does_not_depend_on_its_batch(model, noise):
 @pytest.mark.parametrize("grad_steps", [1, 3, T])
 def test_only_the_last_steps_carry_gradient(model, noise, grad_steps):
     tokenizer, text_encoder, unet, _, config = model
-    pair = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *PROMPTS]))
+    pair = embed(tokenizer, text_encoder, PROMPTS)
     early, late = pair.clone().requires_grad_(), pair.clone().requires_grad_()
     evaluations = []
     hook = unet.register_forward_hook(lambda *_: evaluations.append(torch.is_grad_enabled()))
@@ -136,7 +147,7 @@ def test_only_the_last_steps_carry_gradient(model, noise, grad_steps):
 def kept_bytes(model, steps, grad_steps, checkpoint=True):
     """Bytes that autograd keeps from sampling and decoding two images, each storage counted once."""
     tokenizer, text_encoder, unet, vae, config = model
-    pair = guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *PROMPTS])).requires_grad_()
+    pair = embed(tokenizer, text_encoder, PROMPTS).requires_grad_()
     noise = prompt_noise(0, [0, 1], (4, 8, 8))
     weights = {weight.untyped_storage().data_ptr() for part in (unet, vae) for weight in part.state_dict().values()}
     kept = {}

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards.sum import RewardSum
 from speed import full_size, step
-from speed.networks import WEIGHTS, LiveBytes, build, middle_size
-from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, encode_prompts
+from speed.networks import WEIGHTS, LiveBytes, build, in_use, middle_size
+from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer
 from textcraftor.sampling import make_scheduler
 
 T, K = 4, 2
@@ -60,12 +60,10 @@ def test_one_gradient_three_ways(networks, monkeypatch):
     full_size.parted_step(args, lambda name: contextlib.nullcontext(), networks, scheduler, kept, "cpu")
     parted = gradient()
     summed = RewardSum([(reward, WEIGHTS[reward.name]) for reward in rewards])
-    with torch.no_grad():
-        unconditional = encode_prompts(tokenizer, networks[0], [""])
-    inputs = (networks, tokenizer, scheduler, prompts, noise)
-    (-step.our_step(*inputs, summed, unconditional, False, False).mean()).backward()
+    used = in_use(networks, tokenizer)
+    (-step.our_step(used, scheduler, prompts, noise, summed, False, False).mean()).backward()
     ours = gradient()
-    (-step.plain_step(*inputs).mean()).backward()
+    (-step.plain_step(networks, tokenizer, scheduler, prompts, noise).mean()).backward()
     plain = gradient()
     assert plain.norm() > 0
     assert (parted - plain).norm() <= 1e-4 * plain.norm()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -10,6 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from open_clip.tokenizer import default_bpe
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+from textcraftor.embeddings import encode_prompts, guidance_pair
+from textcraftor.sampling import predict_noise, sample_last_k
 
 EMBEDDING = 32  # what the towers of make_rewards embed into
 IMAGE_SIZE = 32  # their input; make_stable_diffusion makes 64 x 64 pixels
@@ -263,3 +267,14 @@ def seeded(seed: int, build):
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def embed(tokenizer, text_encoder, prompts: list[str]) -> torch.Tensor:
+    """Text embeddings (2B, L, D) of B prompts, the unconditional ones first."""
+    return guidance_pair(encode_prompts(tokenizer, text_encoder, ["", *prompts]))["encoder_hidden_states"]
+
+
+def sample_latents(unet, scheduler, noise, original, tuned, guidance, tuned_steps, checkpoint=True) -> torch.Tensor:
+    """The project's sampler on plain text embeddings (2B, L, D) -> z_0."""
+    conditions = [{"encoder_hidden_states": embeddings} for embeddings in (original, tuned)]
+    return sample_last_k(partial(predict_noise, unet, guidance), scheduler, noise, *conditions, tuned_steps, checkpoint)

@@ -172,7 +172,9 @@ def find_networks(states: list[State], anchors: tuple[str, ...]) -> dict[str, di
 
 def describe(states: list[State]) -> str:
     """What a file looks like by the names of its weights."""
-    return _first_kind(states, OTHER_MODELS + PARTS) or f"weights of another kind, such as {next(iter(states[0].tensors))}"
+    return (
+        _first_kind(states, OTHER_MODELS + PARTS) or f"weights of another kind, such as {next(iter(states[0].tensors))}"
+    )
 
 
 def check_model_family(states: list[State], path: Path | str, wanted: str) -> None:

@@ -207,7 +207,7 @@ def generator(benchmark, args, scorers, view, device):
     from textcraftor.benchmark.extend import extend_prompt, load_extender
     from textcraftor.benchmark.images import generate, load_pipeline
     from textcraftor.benchmark.scores import score_files, score_images, weights_hash
-    from textcraftor.models import count_cut
+    from textcraftor.embeddings import count_cut
 
     pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
     dtype = torch.float16 if device.type == "cuda" else torch.float32

@@ -26,8 +26,6 @@ def load_scorers(names, root, device, hps_version):
             scorers[f"hps_v{hps_version}"] = hpsv2.load(Path(root), device, torch.float32, hps_version)
         else:
             scorers[name] = load_reward(name, root, device)
-    for scorer in scorers.values():
-        scorer.keep_texts = False  # batches are the same in a run that goes on, and each prompt is needed once
     return scorers
 
 
