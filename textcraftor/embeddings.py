@@ -4,14 +4,18 @@ Conditions are keyword arguments of the UNet, a dict of tensors with a row a pro
 {"encoder_hidden_states": (B, L, D)}. Everything but `encode_prompts` works for any others, such as SDXL's added ones.
 """
 
+from threading import Lock
+
 import torch
 
 Conditions = dict[str, torch.Tensor]
+_tokenizing = Lock()  # a tokenizer keeps the settings of the call at work: one thread at a time
 
 
 def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
     """B prompts, padded or cut to the model's L tokens -> the text encoder's last hidden state (B, L, D)."""
-    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with _tokenizing:
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return {"encoder_hidden_states": text_encoder(tokens.to(text_encoder.device)).last_hidden_state}
 
 

@@ -20,15 +20,18 @@ def first_line(error: Exception) -> str:
 def run_program(main) -> None:
     """Call main(); a UserError ends the process with its one line.
 
-    Of several processes only the one that failed speaks: the launcher ends the others, which wait for that.
+    When one of several processes fails, it alone reports why; the others wait for the launcher to end them.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a finished job
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # most likely all have this error: let rank 0 say it
+            time.sleep(5)  # most likely every process has this error: let rank 0 report it
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if any(backend in str(error) for backend in ("gloo", "NCCL")):
-            time.sleep(30)  # an exchange has failed, most likely as another process has: the launcher ends this one
+            time.sleep(30)  # most likely another process failed first: the launcher ends this one
         raise

@@ -6,8 +6,8 @@ from threading import Lock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from textcraftor.benchmark.images import index_seed
 from textcraftor.errors import UserError, first_line
+from textcraftor.sampling import index_seed
 
 NEW_TOKENS = 50
 _drawing = Lock()  # from the global random generator: one thread at a time

@@ -1,40 +1,13 @@
-"""Images by the stock diffusers pipeline, its text embeddings switched from original to tuned in mid-run."""
+"""A benchmark's images, by the sampler of training; and the switch of embeddings for stock diffusers pipelines."""
 
 import copy
-from threading import Lock
 
-import diffusers
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from textcraftor.errors import UserError
-from textcraftor.models import load_model
-from textcraftor.options import SCHEDULERS
-from textcraftor.sampling import make_scheduler, prompt_noise
+from textcraftor.models import Model, latent_shape, load_model, make_networks
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise, step_generators
 from textcraftor.weight_files import load_text_encoder, load_unet
-
-_encoding = Lock()  # tokenizers keep settings of the call at work: one thread at a time
-
-
-def check_steps(name, steps):
-    """Raise UserError for a number of steps that the scheduler `name` cannot make."""
-    if name == "DDIM":
-        scheduler = make_scheduler(diffusers.DDIMScheduler().config, steps)
-        scheduler.set_timesteps(steps)  # what the pipeline will do, without make_scheduler's cut
-        if (made := len(scheduler.timesteps)) != steps:
-            raise UserError(f"--step {steps}: diffusers' DDIM makes {made} of it; take another number")
-
-
-def new_scheduler(name, config, steps):
-    """The scheduler `name` with the model's noise schedule: "DDIM" is training's, the others are as diffusers has them.
-
-    config: of the model's own scheduler, a dict.
-    """
-    if name == "DDIM":
-        return make_scheduler(config, steps)
-    own = {"skip_prk_steps": True} if name == "PNDM" else {}  # as SD v1.5: no steps of 4 evaluations
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config, **own)
 
 
 def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
@@ -53,7 +26,7 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
         vae, text_encoder, tokenizer, unet, None, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.register_modules(scheduler=new_scheduler(scheduler, config, steps))  # the constructor would change it
+    pipeline.register_modules(scheduler=make_scheduler(config, steps, scheduler))  # the constructor would change it
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, tuned
 
@@ -74,43 +47,16 @@ def switch_embeddings(embeddings, grad_steps):
 
 
 @torch.inference_mode()
-def generate(pipeline, tuned, prompts, indices, *, seed, steps, grad_steps, guidance, weighting=1.0):
-    """Images (B, 3, H, W) in [0, 1] of B prompts, in the pipeline's dtype and on its device.
+def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0):
+    """Images (B, 3, H, W) in [0, 1] of B prompts, fp32, on the pipeline's device, made as in training.
 
-    The original text encoder drives the first steps - grad_steps steps, the mix weighting * tuned + (1 - weighting) *
-    original the rest, in both branches of guidance. All that is random in image i comes from (seed, indices[i]).
-    Threads may share the pipeline.
+    Latents and the scheduler compute in fp32, networks in the type of their weights. The original text encoder drives
+    the steps before the last grad_steps, weighting * tuned + (1 - weighting) * original the rest, in both branches of
+    guidance. Everything random in image i derives from (seed, indices[i]). Threads may share the pipeline.
     """
-    pipeline = copy.copy(pipeline)
-    pipeline.scheduler = copy.deepcopy(pipeline.scheduler)  # it counts the steps of one run
-    device, dtype, original = pipeline.device, pipeline.unet.dtype, pipeline.text_encoder
-    unet = pipeline.unet.config
-    noise = prompt_noise(seed, indices, (unet.in_channels, unet.sample_size, unet.sample_size))
-
-    def encode(encoder):
-        """(2, B, L, D), unconditional first."""
-        pipeline.text_encoder = encoder
-        conditional, unconditional = pipeline.encode_prompt(prompts, device, 1, True)
-        pipeline.text_encoder = original
-        return torch.stack([unconditional, conditional])
-
-    with _encoding:
-        early = encode(original)
-        late = early if tuned is original else torch.lerp(early, encode(tuned), weighting)
-    start = late if grad_steps == steps else early
-    switched = late.flatten(0, 1) if guidance > 1 else late[1]  # without guidance there is one branch
-    return pipeline(
-        prompt_embeds=start[1], negative_prompt_embeds=start[0], latents=noise.to(device, dtype),
-        generator=step_generators(seed, indices), num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
-        callback_on_step_end=switch_embeddings(switched, grad_steps),
-    ).images  # fmt: skip
-
-
-def step_generators(seed, indices):
-    """A generator an image for the noise that some schedulers add in every step."""
-    return [torch.Generator().manual_seed(index_seed(seed, index)) for index in indices]
-
-
-def index_seed(seed, index):
-    """A seed, 32 bits, of all that is drawn for prompt `index` beside its first noise."""
-    return int(np.random.SeedSequence([seed, int(index)]).generate_state(1)[0])
+    model = Model(pipeline.tokenizer, pipeline.text_encoder, pipeline.unet, pipeline.vae, {})
+    noise = prompt_noise(seed, indices, latent_shape(model))
+    return make_images(
+        make_networks(model, tuned), pipeline.scheduler, prompts, noise,
+        tuned_steps=grad_steps, guidance=guidance, weighting=weighting, generators=step_generators(seed, indices),
+    )  # fmt: skip

@@ -19,9 +19,17 @@ from threading import Lock
 from typing import NamedTuple
 
 from textcraftor.benchmark.prompt_lists import Benchmark, prompts_hash
-from textcraftor.benchmark.results import Table, check_settings, style_scores, summarize, write_results, write_whole
+from textcraftor.benchmark.results import (
+    Table,
+    check_settings,
+    read_settings,
+    style_scores,
+    summarize,
+    write_results,
+    write_whole,
+)
 from textcraftor.errors import UserError
-from textcraftor.options import SCHEDULERS, check_all, make_parser, require
+from textcraftor.options import SCHEDULERS, TEST_SEED, TEST_TUNED_STEPS, check_all, make_parser, require
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
@@ -42,11 +50,12 @@ OPTIONS = (
     # How to sample.
     ("--scheduler",        tuple(SCHEDULERS),         "sampler; DDIM is the one of training"),
     ("--step",             25,                        "T, sampling steps"),
-    ("--grad_steps",       15,                        "last steps, under the tuned text encoder"),
+    ("--grad_steps",       TEST_TUNED_STEPS,                        "last steps, under the tuned text encoder"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w in w * tuned + (1 - w) * original, in the tuned steps"),
-    ("--seed",             2023,                      "of the noise, with each prompt's number"),
+    ("--seed",             TEST_SEED,                      "of the noise, with each prompt's number"),
     ("--batch-size",       8,                         "images at once on each device"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "of image making; scores are always fp32"),
     ("--score_prompt",     ("", "extended", "original"), "what scores use after --prompt_eng (default: extended)"),
 )
 # fmt: on
@@ -68,14 +77,13 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     from accelerate import Accelerator
 
     from rewards import hpsv2
-    from textcraftor.benchmark.images import check_steps
     from textcraftor.benchmark.scores import check_scorers, load_scorers, weights_hash, whole_view
     from textcraftor.models import check_model, quiet_libraries
     from textcraftor.weight_files import check_text_encoder, check_unet
 
     checks = [(check_scorers, benchmark.rewards, args.weights, args.hps_version)]
     if not args.score_only:
-        checks += [(check_model, args.model), (check_steps, args.scheduler, args.step)]
+        checks += [(check_model, args.model)]
         checks += [(check_text_encoder, args.text_path)] if args.text_path else []
         checks += [(check_unet, args.unet_path)] if args.unet_path else []
     check_all(checks)
@@ -84,7 +92,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
         every_row = benchmark.read(Path(args.prompts))
     rows = [row for row in every_row if not args.limit or int(Path(row["file"]).stem) < args.limit]
     quiet_libraries()
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no")  # not its environment variables
     say = print if accelerator.is_main_process else lambda text: None
 
     scorers = load_scorers(benchmark.rewards, args.weights, accelerator.device, args.hps_version)
@@ -129,6 +137,9 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
         versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
         about = {"benchmark": benchmark.title} | {name: getattr(args, name) for name in (*sources, "limit")}
         write_results(output, about | summary | {"settings": settings, "versions": versions})
+        if not summary["images"]["scored"]:
+            why = next(iter(summary["images"]["unreadable"].values()))
+            raise UserError(f"{output}: none of the {len(finished)} images has a score; the first: {why}")
 
 
 def parse_arguments(benchmark, description, argv):
@@ -208,9 +219,11 @@ def generator(benchmark, args, scorers, view, device):
     from textcraftor.benchmark.images import generate, load_pipeline
     from textcraftor.benchmark.scores import score_files, score_images, weights_hash
     from textcraftor.embeddings import count_cut
+    from textcraftor.precision import PRECISIONS, choose_precision
 
     pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    precision = recorded_precision(args) or choose_precision(args.mixed_precision, device)[0]
+    dtype = PRECISIONS[precision]
     settings = {name: getattr(args, name) for name in SAMPLING}
     networks = {"text_path": tuned, "unet": pipeline.unet, "text encoder": pipeline.text_encoder, "vae": pipeline.vae}
     settings |= {f"{name} (sha256)": weights_hash(network) for name, network in networks.items()}
@@ -221,7 +234,7 @@ def generator(benchmark, args, scorers, view, device):
     pipeline.to(device, dtype)
     tuned.to(device, dtype)
     output = Path(args.output_path)
-    how = {"seed": args.seed, "steps": args.step, "grad_steps": args.grad_steps, "guidance": args.guidance}
+    how = {"seed": args.seed, "grad_steps": args.grad_steps, "guidance": args.guidance}
     how |= {"weighting": args.prompt_weighting}
     savers = ThreadPoolExecutor(4)
     turn = Lock() if device.type == "cuda" else nullcontext()  # two batches at once would not be drawn faster
@@ -279,6 +292,20 @@ def save_image(pixels, path):
     os.replace(unfinished, path)
 
 
+def threads_per_worker(cores, workers):
+    """Threads of torch for each worker: at least one, also under a launcher that sets OMP_NUM_THREADS=1."""
+    return max(1, cores // workers)
+
+
+def recorded_precision(args):
+    """The precision of the run in --output_path that `auto` continues with; None if there is no run."""
+    path = Path(args.output_path) / "settings.json"
+    if args.mixed_precision != "auto" or not path.is_file():
+        return None
+    recorded = read_settings(path.parent).get("precision")
+    return {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}.get(recorded)
+
+
 def start_worker(device, threads):
     """Give the calling thread its cores, and its process's GPU: both are of each thread alone."""
     import torch
@@ -311,7 +338,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     cores = torch.get_num_threads()
     workers = WORKERS if device.type == "cuda" else min(WORKERS, cores)
 
-    start = partial(start_worker, device, cores // workers)
+    start = partial(start_worker, device, threads_per_worker(cores, workers))
 
     def do(share):
         return work(share) if share else []

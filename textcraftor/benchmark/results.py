@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
 
 GROUPS = 10  # of a style, whose means' deviation is reported
 SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # how the names of the settings begin that make no image another
@@ -72,7 +72,7 @@ def check_settings(folder, settings, rows):
                     f"or score what is there by --score_only {folder}"
                 )
         return
-    earlier = json.loads(path.read_text())
+    earlier = read_settings(folder)
     differing = [name for name in dict.fromkeys([*settings, *earlier]) if settings.get(name) != earlier.get(name)]
     if differing:
         same_images = all(name.startswith(SCORING) for name in differing)
@@ -81,6 +81,18 @@ def check_settings(folder, settings, rows):
             f"{folder} holds a run with {differing[0]} = {earlier.get(differing[0])}, not "
             f"{settings.get(differing[0])}; repeat its settings, or choose another --output_path{score}"
         )
+
+
+def read_settings(folder):
+    """The settings that the run in `folder` recorded, a dict; UserError if the file is damaged."""
+    path = Path(folder) / "settings.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} cannot be read ({first_line(problem)}); choose another --output_path") from problem
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings of a run; choose another --output_path")
+    return settings
 
 
 def write_results(folder, summary):
