@@ -60,7 +60,7 @@ def check_plain(args):
 
 def plain_way(args, scorers, output, device):
     """The published script's way, as a function: rows -> {index: {column: score}}, images in `output`."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None)
     pipeline.register_modules(scheduler=make_scheduler(dict(pipeline.scheduler.config), args.step))
     pipeline.set_progress_bar_config(disable=True)
@@ -174,7 +174,15 @@ def main(argv=None):
         outputs = [Path(folder, name) for name in ("plain", "ours")]
         for output in outputs:
             output.mkdir()
-        argv = ["--output_path", str(outputs[1]), "--limit", "160", *(sys.argv[1:] if argv is None else argv)]
+        argv = [
+            "--output_path",
+            str(outputs[1]),
+            "--limit",
+            "160",
+            "--mixed_precision",
+            "no",
+            *(sys.argv[1:] if argv is None else argv),
+        ]
         argv = argv if "--model" in argv else ["--model", "miniature", *argv]
         args = parse_arguments(PARTI, __doc__, argv)
         check_arguments(args)
