@@ -40,6 +40,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     GradScalerKwargs,
+    parse_flag_from_env,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -86,7 +87,8 @@ def main(argv=None):
     if args.resume and args.mixed_precision == "auto":
         args.mixed_precision, why = read_options(output).get("mixed_precision", "auto"), "as when this run began"
     else:
-        args.mixed_precision, why = choose_precision(args.mixed_precision, PartialState().device)
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator starts it
+        args.mixed_precision, why = choose_precision(args.mixed_precision, device)
     accelerator = make_accelerator(args, output)
     device, is_main = accelerator.device, accelerator.is_main_process
     say = tqdm.write if is_main else lambda text: None

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rewards import load_reward
 from rewards.hpsv2 import prepare
 from textcraftor.benchmark import images as generate
-from textcraftor.benchmark.program import evaluate, parse_arguments, start_worker, work_through
+from textcraftor.benchmark.program import evaluate, parse_arguments, start_worker, threads_per_worker, work_through
 from textcraftor.benchmark.prompt_lists import HPSV2, PARTI
 from textcraftor.benchmark.results import Table, style_scores, summarize
 from textcraftor.benchmark.scores import score_files, weights_hash, whole_view
@@ -623,3 +623,9 @@ def test_pytest_takes_the_programs_for_no_tests():
     options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-o", "python_functions=*"]
     code = pytest.main([*options, f"--ignore={ROOT / 'tests'}", str(ROOT)])
     assert code == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_a_launcher_that_allows_one_thread_gets_one():
+    """accelerate sets OMP_NUM_THREADS=1 for several processes; half a core for each of two workers would be none."""
+    found = [threads_per_worker(cores, workers) for cores, workers in ((1, 2), (2, 2), (3, 2), (16, 2), (1, 1))]
+    assert found == [1, 1, 1, 8, 1]

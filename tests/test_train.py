@@ -687,3 +687,63 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(work, five_steps
             done = two_processes(ROOT / "train_textcraftor.py", *run, *arguments)
             assert done.returncode == 0, done.stderr
         assert same_weights("whole/tc_text.safetensors", "died/tc_text.safetensors")
+
+
+def test_two_processes_stop_on_sigterm_within_seconds_and_go_on(work, five_steps):
+    """As a scheduler stops a launched run: the signal goes to the launcher, which passes it on."""
+    run = [*five_steps, "--max_steps", 400, "--batch-size", 1, "--keep_checkpoints", 2, "--output-path", "stopped"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCH, str(ROOT / "train_textcraftor.py"), *map(str, run)]
+    launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (Path("stopped/metrics.csv").is_file() and len(table("stopped")) > 3):
+        time.sleep(0.2)
+    assert launched.poll() is None
+    sent = time.monotonic()
+    launched.send_signal(signal.SIGTERM)
+    said, _ = launched.communicate(timeout=60)
+    assert time.monotonic() - sent < 30 and "all saved" in said, said
+    step = int(table("stopped")[-1]["step"])
+    assert [path.name for path in Path("stopped/resume").glob("step_*")] == [f"step_{step:06d}"]
+    assert Path("stopped/tc_text.safetensors").resolve().name.endswith(f"_iter_{step}.safetensors")
+    more = [*run, "--resume", "--max_steps", step + 1]
+    done = two_processes(ROOT / "train_textcraftor.py", *more)
+    assert done.returncode == 0 and len(table("stopped")) == step + 2, done.stderr
+
+
+def test_old_checkpoints_are_deleted_and_the_newest_is_linked(work, command):
+    train(*command, "--max_steps", 4, "--save_every", 1, "--keep_checkpoints", 2)
+    kept = sorted(path.name for path in Path("output").glob("tc_text_e_*"))
+    assert kept == ["tc_text_e_0_iter_3.safetensors", "tc_text_e_0_iter_4.safetensors"]
+    assert os.readlink("output/tc_text.safetensors") == kept[-1] and Path("output/tc_text_best.safetensors").is_file()
+
+
+def test_a_damaged_run_or_a_full_disk_is_one_line(work, command, monkeypatch):
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        train(*command, "--output-path", "file/run")
+    with monkeypatch.context() as patched:
+        patched.setattr("textcraftor.checkpoints.free_bytes", lambda folder: 1000)
+        with pytest.raises(UserError, match="GB free, and this run writes up to"):
+            train(*command)
+    assert not Path("output/options.json").exists()
+    AcceleratorState._reset_state(True)
+    train(*command, "--max_steps", 1)
+    (state,) = Path("output/resume").glob("step_*")
+    damages = {
+        "output/options.json": "options.json cannot be read",
+        "output/metrics.csv": "metrics.csv is damaged",
+        str(next(state.glob("optimizer*"))): "is damaged or incomplete",
+        "output/tc_text_e_0_iter_1.safetensors": "cannot be read",
+    }
+    for name, problem in damages.items():
+        whole = Path(name).read_bytes()
+        Path(name).write_bytes(whole[: len(whole) // 3] if name != "output/options.json" else b"")
+        AcceleratorState._reset_state(True)
+        with pytest.raises(UserError, match=problem):
+            train(*command, "--max_steps", 2, "--resume")
+        Path(name).write_bytes(whole)
+    Path("other.csv").write_bytes(Path("prompts.csv").read_bytes())  # the same prompts under another name
+    AcceleratorState._reset_state(True)
+    train(*command, "--prompts", "other.csv", "--max_steps", 2, "--resume")
+    assert len(table("output")) == 3
