@@ -1,42 +1,196 @@
-"""Reading weight files and loading them strictly: either everything fits, or the user learns what does not."""
+"""Read weight files and load them strictly: every weight fits, or the user learns which one does not."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
+from textcraftor.files import write_whole
+from textcraftor.unpickle import read_pickle
+
+# Wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing) put these into weights' names.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# fmt: off
+# What a file with these names looks like: (a name in it that matches, what it is). The first match counts.
+OTHER_MODELS = (
+    (r"lora_|\.lora\.|_lora\.|hada_w|lokr_w",               "a LoRA; merge it into its model and save that"),
+    (r"^string_to_param|^emb_params$|^clip_[lg]$",          "a textual-inversion embedding"),
+    (r"conditioner\.embedders\.0\.model\.",                 "a Stable Diffusion XL refiner"),
+    (r"conditioner\.embedders\.",                           "a Stable Diffusion XL model (support is planned)"),
+    (r"joint_blocks\.",                                     "a Stable Diffusion 3 model"),
+    (r"double_blocks\.|single_transformer_blocks\.",        "a Flux model"),
+    (r"control_model\.|controlnet_|zero_convs\.",           "a ControlNet"),
+    (r"cond_stage_model\.model\.",                          "a Stable Diffusion 2.x model (support is planned)"),
+    (r"motion_modules\.",                                   "an AnimateDiff motion module"),
+    (r"label_emb\.|add_embedding\.",                        "a UNet of Stable Diffusion XL"),
+)
+PARTS = (
+    (r"cond_stage_model\.",                                 "a whole Stable Diffusion model in one file"),
+    (r"input_blocks\.|down_blocks\..*attentions\.|time_embed", "a UNet"),
+    (r"decoder\..*conv_in\.|post_quant_conv\.",             "a VAE"),
+    (r"resblocks\.",                                        "a CLIP model under open_clip's or OpenAI's names"),
+    (r"token_embedding\.",                                  "a CLIP text encoder"),
+    (r"vision_model\.",                                     "an image encoder"),
+    (r"shared\.weight$|layer\.\d+\.SelfAttention\.",        "a T5 text encoder"),
+)
+# fmt: on
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors, .pt, .pth or .bin file, on the CPU; `{'state_dict': ...}` is unwrapped.
+class State(NamedTuple):
+    """One dict of names and tensors in a file, and the keys that lead to it."""
 
+    keys: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+
+def read_weights(path: Path | str) -> dict[str, torch.Tensor]:
+    """The state dict in a safetensors file or PyTorch pickle, on the CPU. Content decides, not the file's name.
+
+    Where trainers nest it ({"state_dict": …} beside optimizer states), the dict with the most tensors is taken.
     Raises UserError if the file cannot be read or holds no state dict.
+    """
+    return max(read_states(path), key=lambda state: len(state.tensors)).tensors
+
+
+def read_states(path: Path | str, meta: bool = False) -> list[State]:
+    """All dicts of names and tensors in a safetensors file or PyTorch pickle, however deep they are nested.
+
+    No code in a pickle ever runs. meta: read names and shapes only; the tensors are on the device "meta".
+    Raises UserError if the file cannot be read or holds no such dict.
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        if start[8:] == b"{" and not start.startswith((b"PK", b"\x80")):
+            content = _read_safetensors(path, meta)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own kinds for a damaged file
+            content = _read_torch(path, meta)
+    except Exception as error:  # pickle, zipfile, torch and safetensors each raise their own kinds for damaged files
         # Not the library's own words: torch's advise to switch its safe loading off.
-        raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}): expected safetensors, or a .pt, .pth or .bin "
-            "that holds nothing but tensors; fetch it again or name another file"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict (names and tensors); fetch it again")
+        raise UserError(f"{path}: {_explain(path, start, error)}") from error
+    states = list(_find_states(content, ()))
+    if not states:
+        raise UserError(f"{path}: holds no weights (names with tensors)")
+    return states
+
+
+def _read_safetensors(path, meta):
+    if not meta:
+        return safetensors.torch.load_file(path)
+    with safe_open(path, "pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+
+
+def _read_torch(path, meta):
+    try:
+        return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True)
+    except Exception:  # something beside the tensors that PyTorch does not allow, or a damaged file
+        return read_pickle(path, meta)
+
+
+def _explain(path, start, error):
+    """What is wrong with a file that could not be read."""
+    if start.startswith(b"version "):
+        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` where it came from"
+    if start.lstrip().startswith(b"<"):
+        return "is a web page, not weights; fetch it again"
+    if not start:
+        return "is empty; fetch it again"
+    if start[8:] == b"{" or start.startswith((b"PK", b"\x80")):
+        return f"is damaged or incomplete ({type(error).__name__}); fetch it again"
+    return "is no weight file; expected safetensors, or a .ckpt, .pt, .pth or .bin written by PyTorch"
+
+
+def _find_states(content, keys) -> Iterator[State]:
+    if isinstance(content, dict):
+        tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_tensor(value)}
+        if tensors:
+            yield State(keys, tensors)
+        for key, value in content.items():
+            yield from _find_states(value, (*keys, str(key)))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from _find_states(value, (*keys, str(index)))
+
+
+def _is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+def without_wrappers(name: str) -> str:
+    """A weight's name without what torch.compile, DistributedDataParallel and the like put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def pick_network(found: dict[str, dict], states: list[State], path: Path | str, wanted: str) -> dict[str, torch.Tensor]:
+    """The one network in `found`, which find_networks returned for `states`.
+
+    Where a file holds the network both as trained and averaged (EMA), the averaged one is returned. wanted: what the
+    network is, for the message. Raises UserError if there is no such network or there are several.
+    """
+    averaged = {place: state for place, state in found.items() if re.search(r"(^|[._])ema([._]|$)", place)}
+    found = averaged if len(averaged) == 1 else found
+    if not found:
+        raise UserError(f"{path}: expected {wanted}, found {describe(states)}")
+    (first, state), *others = found.items()
+    for place, other in others:
+        if state.keys() != other.keys() or not all(_equal(state[name], other[name]) for name in state):
+            raise UserError(f"{path}: more than {wanted} in it ({first}, {place}); save the one you want alone")
     return state
 
 
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def _equal(tensor, other):
+    return tensor.is_meta or torch.equal(tensor, other)
+
+
+def find_networks(states: list[State], anchors: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+    """Where in the file, such as "state_dict.text_encoder" -> state dict, for each network that has the anchors."""
+    found = {}
+    for keys, tensors in states:
+        tensors = {without_wrappers(name): value for name, value in tensors.items()}
+        for name in tensors:
+            prefix = name.removesuffix(anchors[0])
+            is_prefix = name.endswith(anchors[0]) and (not prefix or prefix.endswith("."))
+            if is_prefix and all(prefix + anchor in tensors for anchor in anchors):
+                label = ".".join([*keys, prefix.removesuffix(".")]).strip(".") or "top level"
+                found[label] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    return found
+
+
+def describe(states: list[State]) -> str:
+    """What a file looks like by the names of its weights."""
+    return (
+        _first_kind(states, OTHER_MODELS + PARTS) or f"weights of another kind, such as {next(iter(states[0].tensors))}"
+    )
+
+
+def check_model_family(states: list[State], path: Path | str, wanted: str) -> None:
+    """Raise UserError if the file is a LoRA or belongs to a model of another family than Stable Diffusion v1."""
+    if kind := _first_kind(states, OTHER_MODELS):
+        raise UserError(f"{path}: expected {wanted} of Stable Diffusion v1, found {kind}")
+
+
+def _first_kind(states, kinds):
+    names = [name for state in states for name in state.tensors]
+    matching = (kind for pattern, kind in kinds if any(re.search(pattern, name) for name in names))
+    return next(matching, "")
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load `state`, read from `path`, into `module` in the module's own dtype; every name and shape must fit.
 
-    Raises UserError that names the first missing, unexpected and misshapen weights.
+    Raises UserError that names the first missing, unexpected and misshapen weights, or one with NaN or infinity.
     """
     own = module.state_dict()
     misshapen = [
@@ -51,10 +205,11 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path)
         unexpected=[name for name in state if name not in own],
         misshapen=misshapen,
     )
+    check_finite(state, path)
     module.load_state_dict(state)
 
 
-def check_fit(path: Path, model: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
+def check_fit(path: Path | str, model: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
     """Raise UserError that names the first of each list of misfits, unless all are empty."""
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     found = [
@@ -64,3 +219,23 @@ def check_fit(path: Path, model: str, missing: list[str], unexpected: list[str],
     ]
     if found:
         raise UserError(f"{path}: not the weights of the {model} expected here; {'; '.join(found)}")
+
+
+def check_finite(state: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raise UserError that names the first weight with NaN or infinity."""
+    for name, value in state.items():
+        if value.is_floating_point() and value.numel() and not value.is_meta:
+            if value.dtype.itemsize == 1:  # PyTorch finds no extremes of 8-bit floats
+                value = value.float()
+            if not torch.isfinite(torch.stack(value.aminmax())).all():
+                raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint or another file")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Write tensors as safetensors, whole or not at all. Raises UserError if the disk refuses."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with write_whole(path) as unfinished:
+        try:
+            safetensors.torch.save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers 4 needs it
+        except safetensors.SafetensorError as problem:  # its word for a full disk
+            raise UserError(f"{path}: cannot be written ({first_line(problem)})") from problem
