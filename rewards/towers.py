@@ -22,7 +22,7 @@ from rewards.base import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, Reward
 from textcraftor.downloads import TOWER_FILES
 from textcraftor.errors import UserError, first_line
 from textcraftor.models import clip_tokenizer
-from textcraftor.weights import State, load_strictly, pick_state, read_states, read_weights
+from textcraftor.weights import State, find_networks, load_strictly, pick_network, read_states, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ def read_clip(weights: Path, anchor: str, wanted: str) -> dict[str, Tensor]:
         states = [State((), {name: value for path in shards_of(weights) for name, value in read_weights(path).items()})]
     else:
         states = read_states(weights)
-    state = pick_state([State(keys, _flatten(tensors)) for keys, tensors in states], (anchor,), weights, wanted)
+    renamed = [State(keys, _flatten(tensors)) for keys, tensors in states]
+    state = pick_network(find_networks(renamed, (anchor,)), renamed, weights, wanted)
     used = {id(value) for value in state.values()}
     for _, tensors in states:
         unused = [name for name, value in tensors.items() if id(value) not in used]

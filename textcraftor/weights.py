@@ -133,22 +133,20 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def pick_state(states: list[State], anchors: tuple[str, ...], path: Path | str, wanted: str) -> dict[str, torch.Tensor]:
-    """The one network among `states` that has weights called prefix + each of `anchors`, the prefix taken off.
+def pick_network(found: dict[str, dict], states: list[State], path: Path | str, wanted: str) -> dict[str, torch.Tensor]:
+    """The one network in `found`, which find_networks returned for `states`.
 
-    The prefix may be anything that ends in a dot, or nothing. Where a file holds the network both as trained and
-    averaged (EMA), the averaged one is returned. wanted: what the network is, for the message.
-    Raises UserError if there is no such network or there are several.
+    Where a file holds the network both as trained and averaged (EMA), the averaged one is returned. wanted: what the
+    network is, for the message. Raises UserError if there is no such network or there are several.
     """
-    found = find_networks(states, anchors)
-    averaged = {label: state for label, state in found.items() if re.search(r"(^|[._])ema([._]|$)", label)}
+    averaged = {place: state for place, state in found.items() if re.search(r"(^|[._])ema([._]|$)", place)}
     found = averaged if len(averaged) == 1 else found
     if not found:
         raise UserError(f"{path}: expected {wanted}, found {describe(states)}")
     (first, state), *others = found.items()
-    for label, other in others:
+    for place, other in others:
         if state.keys() != other.keys() or not all(_equal(state[name], other[name]) for name in state):
-            raise UserError(f"{path}: holds more than one {wanted} ({first}, {label}); save the one you want alone")
+            raise UserError(f"{path}: more than {wanted} in it ({first}, {place}); save the one you want alone")
     return state
 
 
@@ -192,7 +190,8 @@ def _first_kind(states, kinds):
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path | str, assign: bool = False) -> None:
     """Load `state`, read from `path`, into `module` in the module's own dtype; every name and shape must fit.
 
-    assign: the tensors become the module's own, in their dtype, instead of being copied (for modules on "meta").
+    With assign=True the module takes the tensors themselves, dtype and all: for modules on the meta device.
+
     Raises UserError that names the first missing, unexpected and misshapen weights, or one with NaN or infinity.
     """
     own = module.state_dict()
