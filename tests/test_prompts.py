@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from textcraftor import prompt_formats, stream
+from textcraftor import prompt_formats, prompt_tables, stream
 from textcraftor.errors import UserError
 from textcraftor.prompts import PromptFile, checksum, describe, read_prompts, read_training_prompts
 from textcraftor.sampling import prompt_noise
@@ -212,7 +212,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("block", [7, 2**20])
 def test_bad_rows_of_a_table(tmp_path, monkeypatch, block):
     for content, prompts, bad in BAD_ROWS:
-        monkeypatch.setattr(prompt_formats, "BLOCK", max(block, len(content) // 20))
+        monkeypatch.setattr(prompt_tables, "BLOCK", max(block, len(content) // 20))
         found, report = read_prompts(write(tmp_path / "p.csv", content))
         assert (found, report["bad"]) == (prompts, bad), content[:80]
 
@@ -261,7 +261,7 @@ TSV = [
 
 @pytest.mark.parametrize("block", [1, 7, 2**20])
 def test_a_row_of_a_tsv_is_a_line(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(prompt_formats, "BLOCK", block)
+    monkeypatch.setattr(prompt_tables, "BLOCK", block)
     for content, prompts, bad in TSV:
         found, report = read_prompts(write(tmp_path / "p.tsv", content))
         assert (found, report["bad"]) == (prompts, bad), content
@@ -302,7 +302,7 @@ def test_damaged_tables_lose_only_their_damaged_rows(tmp_path, monkeypatch, sepa
             lines[number] = bytes(line)
         path = tmp_path / "p.csv"
         path.write_bytes(b"\n".join(lines))
-        monkeypatch.setattr(prompt_formats, "BLOCK", 2000)
+        monkeypatch.setattr(prompt_tables, "BLOCK", 2000)
         prompts, dropped = read_prompts(path)
         expected, bad = row_by_row(path, separator)
         assert dropped["bad"] == bad and prompts == expected
@@ -372,43 +372,29 @@ from textcraftor.stream import share_prompts
 
 def main():
     accelerator = Accelerator(cpu=True)
-    prompts, held_out, reports = share_prompts(accelerator, sys.argv[1], None, 2)
-    found = f"{checksum(prompts)} {prompts[-1]} {held_out} {len(reports)}"
-    print(f"process {accelerator.process_index}: {found}\\n", end="")
-    accelerator.end_training()
+    for path in sys.argv[1:]:
+        prompts, held_out, reports = share_prompts(accelerator, path, None, 2)
+        found = f"{checksum(prompts)} {prompts[-1]} {held_out} {len(reports)}"
+        print(f"process {accelerator.process_index}: {found}\\n", end="", flush=True)
 
 run_program(main)
 """
 
 
 def test_processes_share_one_file_and_one_error(tmp_path):
-    path, program = write(tmp_path / "p.csv", "id,prompt\n1,a cat\n2,a dog\n3,a fox\n4,an owl\n"), tmp_path / "share.py"
-    program.write_text(SHARE)
-    folder = tmp_path / "temporary"
+    good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
+    write(good, "id,prompt\n1,a cat\n2,a dog\n3,a fox\n4,an owl\n")
+    write(bad, "prompt\n1\n2\n")
+    program, folder = write(tmp_path / "share.py", SHARE), tmp_path / "temporary"
     folder.mkdir()
-
-    def launch():
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            program,
-            path,
-        ]
-        variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder), "ACCELERATE_USE_CPU": "true"}
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
-
-    done = launch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, good, bad]
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(folder), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=120)
     wanted = f"{checksum(['a fox', 'an owl'])} an owl ['a cat', 'a dog'] 1"
     assert sorted(done.stdout.splitlines()) == [f"process {rank}: {wanted}" for rank in (0, 1)], done.stderr
-    assert not list(folder.glob("textcraftor-*"))
-    write(path, "prompt\n1\n2\n")
-    done = launch()
-    errors = [line for line in done.stderr.splitlines() if "error: " in line and "p.csv" in line]
+    errors = [line for line in done.stderr.splitlines() if "error: " in line and "bad.csv" in line]
     assert done.returncode and len(errors) == 1 and "`prompt` holds numbers" in errors[0], done.stderr
+    assert not list(folder.glob("textcraftor-*"))
 
 
 def test_nodes_with_other_prompts_are_refused(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The prompts to train on: read once per node from a csv, tsv, txt, jsonl, json or parquet file, of any size.
 
-`prompt_formats` reads the file formats, `prompt_columns` finds a table's prompts; here, prompts become a list or a
+`prompt_formats` and `prompt_tables` read the files, `prompt_columns` finds the column; here, prompts become a list or a
 memory-mapped file. Nothing here needs torch.
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from textcraftor.downloads import command
 from textcraftor.errors import UserError
-from textcraftor.prompt_formats import SUFFIXES, open_prompts, suffix_of
+from textcraftor.prompt_formats import SUFFIXES, open_prompts
+from textcraftor.prompt_tables import suffix_of
 
 CHUNK = 100_000  # prompts that are written or checksummed at once
 
