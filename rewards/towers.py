@@ -244,7 +244,7 @@ def read_open_clip(model: open_clip.CLIP, weights: Path) -> dict[str, Tensor]:
     """The state dict for `model` in the file `weights`."""
     names = [name for name in model.state_dict() if name.startswith("visual.")]
     anchor = "visual.conv1.weight" if "visual.conv1.weight" in names else names[0]
-    state = read_clip(weights, anchor, "a CLIP model under open_clip's names")
+    state = read_clip(weights, anchor, "CLIP model under open_clip's names")
     return {name.removeprefix("text."): state[name] for name in state}  # where it was saved as a CustomTextCLIP
 
 

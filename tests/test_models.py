@@ -132,8 +132,8 @@ def test_single_files_that_are_no_sd_v1_are_refused_with_names(small_sd_v1, tmp_
         "UNet2DConditionModel.*missing: mid_block.attentions.0.proj_in.bias": {
             f"{unet}middle_block.1.proj_in.bias": None
         },
-        "AutoencoderKL.*missing: decoder.conv_in.weight": {f"{vae}decoder.conv_in.weight": None},
-        "conv_in.weight": {f"{unet}input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},  # the inpainting model's
+        "no VAE in it": {f"{vae}decoder.conv_in.weight": None},
+        "an inpainting UNet": {f"{unet}input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},  # the inpainting model's
     }
     for problem, changes in cases.items():
         changed = {name: value for name, value in (state | changes).items() if value is not None}
@@ -208,6 +208,8 @@ def test_damaged_and_missing_files_are_said_in_one_line(stable_diffusion, tmp_pa
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_bytes(content)
-    with pytest.raises(UserError, match="could not be loaded") as error:
+    with pytest.raises(
+        UserError, match=r"could not be loaded|not weights|no weights|no such file|cannot be read"
+    ) as error:
         load_model(str(folder))
     assert str(folder) in str(error.value) and "\n" not in str(error.value)

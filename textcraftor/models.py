@@ -1,4 +1,4 @@
-"""The parts of a Stable Diffusion model, from a folder, the hub or a single file."""
+"""Load Stable Diffusion v1 from a diffusers folder, the hub or a single file, and check what it is before that."""
 
 import json
 import warnings
@@ -11,6 +11,7 @@ import open_clip
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from packaging.version import Version
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from textcraftor.downloads import command
@@ -45,14 +46,14 @@ class Model(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """What an image is made by. Without a tuned encoder, `text_encoder` is `original_encoder`."""
+    """The networks that make an image. Without a tuned encoder, `text_encoder` is `original_encoder`."""
 
     tokenizer: CLIPTokenizer
     original_encoder: CLIPTextModel
     text_encoder: torch.nn.Module
     unet: torch.nn.Module
     vae: AutoencoderKL
-    unconditional: Conditions  # of the original encoder, one row; computed once
+    unconditional: Conditions  # the original encoder's, one row, computed once
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +61,7 @@ class Networks(NamedTuple):
 
 
 def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> Networks:
-    """The Networks of a model, on the devices and in the types that they have now, with a tuned encoder or its own."""
+    """The networks of `model` as they are now (device, dtype), with a tuned text encoder if one is given."""
     with torch.no_grad():
         unconditional = encode_prompts(model.tokenizer, model.text_encoder, [""])
     tuned = model.text_encoder if text_encoder is None else text_encoder
@@ -68,23 +69,26 @@ def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> 
 
 
 def latent_shape(model: Model) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of the pictures that the model was trained on.
+    """(C, h, w) of the latents of the pictures that the model makes, the same as in diffusers' own pipeline.
 
-    The UNet's sample_size is a number or a pair; without one it follows from the autoencoder's picture size.
+    The UNet's sample_size is a number, a pair (height, width), or null for Stable Diffusion's 64. Numbers below 64 in
+    configurations older than diffusers 0.9 are an error of those that converted SD v1 for it, and mean 64.
     """
-    size = model.unet.config.sample_size
-    if size is None:
-        size = model.vae.config.sample_size // 2 ** (len(model.vae.config.block_out_channels) - 1)
+    config = model.unet.config
+    size = config.sample_size
+    version = Version(getattr(config, "_diffusers_version", diffusers.__version__)).release
+    if size is None or isinstance(size, int) and size < 64 and version < (0, 9):
+        size = 64
     height, width = (size, size) if isinstance(size, int) else size
-    return model.unet.config.in_channels, height, width
+    return config.in_channels, height, width
 
 
 def quiet_libraries():
-    """Leave the screen to the program's own lines: no bars while weights load, errors only."""
+    """Hide the libraries' progress bars and warnings; errors still show."""
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # accelerate knows DistributedDataParallel's option by its old name only.
+    # accelerate still uses an old name of an option of DistributedDataParallel.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
@@ -173,6 +177,10 @@ def check_configs(folder: Path) -> None:
         )
     if unet.get("class_embed_type") or unet.get("num_class_embeds"):
         raise UserError(f"{folder}: its UNet needs class labels, as upscalers do; expected one for text to image")
+    if vae.get("shift_factor") or vae.get("latents_mean"):
+        raise UserError(
+            f"{folder / 'vae'}: shifts its latents (shift_factor, latents_mean), unlike Stable Diffusion v1's"
+        )
     check_scheduler(scheduler, folder / "scheduler")
 
 
@@ -213,18 +221,15 @@ def load_model(model: str) -> Model:
     path = Path(model)
     if path.is_file():
         configs, tokenizer = SD_V1_CONFIGS, clip_tokenizer()
-        files = dict.fromkeys(NETWORKS, path)
     else:
         path = path if path.is_dir() else fetch_model(model)
-        configs, tokenizer = path, load_tokenizer(path / "tokenizer")
-        files = {part: path / part for part in NETWORKS}
+        configs, tokenizer = path, _library(CLIPTokenizer.from_pretrained, path / "tokenizer")
     scheduler_config = _read_json(configs / "scheduler" / "scheduler_config.json")
-    states = {}
-    for file in files.values():
-        states[file] = states.get(file) or (read_states(file) if file.is_file() else read_folder(file))
     networks = []
+    whole = read_states(path) if path.is_file() else None
     for part, kind in NETWORKS.items():
-        network = BUILDERS[part](kind, configs / part, states[files[part]], files[part])
+        states, source = (whole, path) if whole else (read_folder(path / part), path / part)
+        network = BUILDERS[part](kind, configs / part, states, source)
         network.to(memory_format=torch.channels_last)  # convolutions are a tenth faster, also on CPUs
         networks.append(network.eval().requires_grad_(False))
     fit_tokenizer(tokenizer, networks[0].config, model)
@@ -282,10 +287,6 @@ BUILDERS = {
 }
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    return _library(CLIPTokenizer.from_pretrained, folder)
-
-
 def fit_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, model: str) -> None:
     """Make prompts as long as the text encoder reads at most.
 
@@ -303,7 +304,7 @@ def fit_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, model: str) 
 
 
 def clip_tokenizer():
-    """CLIP's tokenizer of 49,408 tokens, which SD v1 and PickScore use, from the vocabulary that open_clip ships."""
+    """CLIP's tokenizer of 49,408 tokens, used by SD v1 and PickScore, from the vocabulary in the open_clip package."""
     bpe = open_clip.SimpleTokenizer()
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {renamed.get(token, token): index for token, index in bpe.encoder.items()}

@@ -15,6 +15,9 @@ import torch
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle in files that torch.save wrote before version 1.6
 
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+STORAGES = {"ByteStorage": "uint8", "CharStorage": "int8"}  # others are called as their dtype: FloatStorage
+
 
 class Placeholder:
     """Stands for any class, function or object that a pickle names; does nothing, whatever is done to it."""
@@ -70,11 +73,10 @@ class TensorUnpickler(pickle.Unpickler):
         if (module, name) in known:
             return known[module, name]
         if module in ("torch", "torch.storage", "torch.cuda"):
-            found = getattr(torch, name, None)
-            if isinstance(found, torch.dtype):
-                return found
+            if name in DTYPES:
+                return DTYPES[name]
             if name.endswith("Storage"):
-                return getattr(found, "dtype", torch.uint8)
+                return DTYPES.get(STORAGES.get(name, name.removesuffix("Storage").lower()), torch.uint8)
         return Placeholder
 
     def persistent_load(self, identifier):

@@ -26,7 +26,7 @@ from textcraftor.weights import (
     without_wrappers,
 )
 
-CLIP_EXTRAS = ("text_projection", "visual_projection", "logit_scale", "vision_model.")  # beside CLIP's text encoder
+TEXT_PARTS = ("embeddings.", "encoder.", "final_layer_norm.")  # of CLIP's text encoder
 WEIGHT_FILE = re.compile(
     r"(?P<stem>model|pytorch_model|diffusion_pytorch_model)(\.(?P<variant>[a-z]\w*))?"
     r"(-(?P<shard>\d+)-of-(?P<shards>\d+))?(\.(?P<late_variant>[a-z]\w*))?\.(?P<suffix>safetensors|bin)"
@@ -46,14 +46,14 @@ LDM_NAME_PART = re.compile(
 INPUTS = {9: "an inpainting UNet", 8: "an InstructPix2Pix UNet", 5: "a depth-to-image UNet"}
 
 
-def public_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The network's state dict under names that do not depend on versions or wrappers.
+def public_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A network's state dict under names that do not depend on versions or wrappers; the tensors are the same.
 
     These are `text_model.…` for a CLIPTextModel, as in transformers 4, and diffusers' own for a UNet2DConditionModel.
-    The tensors share memory with the network's.
     """
-    state = network.state_dict()
-    return {public: state[own] for own, public in _public_names(network).items()}
+    is_text_encoder = any(name.endswith("embeddings.token_embedding.weight") for name in state)
+    rename = _text_name if is_text_encoder else without_wrappers
+    return {rename(name): value for name, value in state.items()}
 
 
 def load_public_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -61,15 +61,9 @@ def load_public_state(network: nn.Module, state: dict[str, torch.Tensor], path: 
 
     path: where it was read, for messages. Raises UserError if it does not fit or holds NaN or infinity.
     """
-    own = {public: name for name, public in _public_names(network).items()}
-    load_strictly(network, {own.get(name, name): value for name, value in state.items()}, path)
-
-
-def _public_names(network):
-    """{name in network.state_dict(): public name}."""
-    names = network.state_dict().keys()
-    is_text_encoder = any(name.endswith("embeddings.token_embedding.weight") for name in names)
-    return {name: _text_name(name) if is_text_encoder else without_wrappers(name) for name in names}
+    own = network.state_dict()
+    names = dict(zip(public_state(own), own, strict=True))
+    load_strictly(network, {names.get(name, name): value for name, value in state.items()}, path)
 
 
 def _text_name(name):
@@ -77,13 +71,11 @@ def _text_name(name):
 
 
 def save_text_encoder(state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Write a CLIPTextModel's state dict as fp32 safetensors under the names `text_model.…`."""
-    save_tensors({_text_name(name): value.float() for name, value in state.items()}, path)
+    """Write a CLIPTextModel's state dict as fp32 safetensors under its public names."""
+    save_tensors({name: value.float() for name, value in public_state(state).items()}, path)
 
 
-def save_unet(state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Write a UNet2DConditionModel's state dict as fp32 safetensors under diffusers' own names."""
-    save_tensors({without_wrappers(name): value.float() for name, value in state.items()}, path)
+save_unet = save_text_encoder  # public_state knows either network
 
 
 def load_text_encoder(text_encoder: CLIPTextModel, path: Path | str) -> None:
@@ -137,16 +129,16 @@ def _check_hub_id(path):
 def text_encoder_state(states: list[State], path: Path | str) -> dict[str, torch.Tensor]:
     """The CLIP text encoder in a file, names without any prefix: embeddings.…, encoder.…, final_layer_norm.…
 
-    Leaves out what the hidden states do not depend on: CLIP's projections, logit scale and image encoder, and
-    position_ids, a constant. Raises UserError if there is no text encoder or it is of another model.
+    Leaves out whatever else lies beside it, such as CLIP's projections, logit scale and image encoder, and the constant
+    position_ids. Raises UserError if there is no text encoder or it is of another model.
     """
-    wanted = "one CLIP text encoder"
+    wanted = "CLIP text encoder"
     check_model_family(states, path, wanted)
     state = pick_network(find_networks(states, TEXT_ENCODER), states, path, wanted)
     return {
         name: value
         for name, value in state.items()
-        if not name.startswith(CLIP_EXTRAS) and not name.endswith("position_ids")
+        if name.startswith(TEXT_PARTS) and not name.endswith("position_ids")
     }
 
 
@@ -169,7 +161,7 @@ def check_unet_states(states: list[State], path: Path | str) -> tuple[bool, dict
 
     Raises UserError as unet_state does.
     """
-    wanted = "one UNet"
+    wanted = "UNet"
     check_model_family(states, path, wanted)
     states = [State(keys, _dotted_ema_names(tensors)) for keys, tensors in states]
     found = find_networks(states, DIFFUSERS_UNET)
@@ -208,7 +200,7 @@ def _dotted_ema_name(name):
 
 def vae_state(states: list[State], config: dict, path: Path | str) -> dict[str, torch.Tensor]:
     """The AutoencoderKL in a file under diffusers' present names; config: of the AutoencoderKL."""
-    wanted = "one VAE"
+    wanted = "VAE"
     state = pick_network(find_networks(states, VAE), states, path, wanted)
     if any(name.startswith("decoder.mid.") for name in state):
         return convert_ldm_vae_checkpoint({f"{LDM_VAE}{name}": value for name, value in state.items()}, dict(config))

@@ -1,6 +1,7 @@
 """Read weight files and load them strictly: every weight fits, or the user learns which one does not."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +73,7 @@ def read_states(path: Path | str, meta: bool = False) -> list[State]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        if start[8:] == b"{" and not start.startswith((b"PK", b"\x80")):
+        if start[8:] == b"{":  # after the length of the header, which is JSON
             content = _read_safetensors(path, meta)
         else:
             content = _read_torch(path, meta)
@@ -94,7 +95,8 @@ def _read_safetensors(path, meta):
 
 def _read_torch(path, meta):
     try:
-        return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickle protocols that read_pickle knows
+            return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True)
     except Exception:  # something beside the tensors that PyTorch does not allow, or a damaged file
         return read_pickle(path, meta)
 
@@ -142,11 +144,11 @@ def pick_network(found: dict[str, dict], states: list[State], path: Path | str, 
     averaged = {place: state for place, state in found.items() if re.search(r"(^|[._])ema([._]|$)", place)}
     found = averaged if len(averaged) == 1 else found
     if not found:
-        raise UserError(f"{path}: expected {wanted}, found {describe(states)}")
+        raise UserError(f"{path}: no {wanted} in it; it looks like {describe(states)}")
     (first, state), *others = found.items()
     for place, other in others:
         if state.keys() != other.keys() or not all(_equal(state[name], other[name]) for name in state):
-            raise UserError(f"{path}: more than {wanted} in it ({first}, {place}); save the one you want alone")
+            raise UserError(f"{path}: more than one {wanted} in it ({first}, {place}); save the one you want alone")
     return state
 
 
@@ -178,7 +180,7 @@ def describe(states: list[State]) -> str:
 def check_model_family(states: list[State], path: Path | str, wanted: str) -> None:
     """Raise UserError if the file is a LoRA or belongs to a model of another family than Stable Diffusion v1."""
     if kind := _first_kind(states, OTHER_MODELS):
-        raise UserError(f"{path}: expected {wanted} of Stable Diffusion v1, found {kind}")
+        raise UserError(f"{path}: looks like {kind}; expected the {wanted} of a Stable Diffusion v1")
 
 
 def _first_kind(states, kinds):
