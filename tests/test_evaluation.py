@@ -30,8 +30,9 @@ from textcraftor.benchmark import images as generate
 from textcraftor.benchmark.program import evaluate, parse_arguments, start_worker, threads_per_worker, work_through
 from textcraftor.benchmark.prompt_lists import HPSV2, PARTI
 from textcraftor.benchmark.results import Table, style_scores, summarize
-from textcraftor.benchmark.scores import score_files, weights_hash, whole_view
+from textcraftor.benchmark.scores import _read, find_image, score_files, whole_view
 from textcraftor.errors import UserError
+from textcraftor.hashes import weights_hash
 from textcraftor.models import load_model
 from textcraftor.weight_files import save_text_encoder
 
@@ -151,7 +152,7 @@ def test_hpsv2_scores_the_saved_files_as_its_own_program(hpsv2, rewards_root):
     with torch.no_grad():
         features = model.eval().encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
     expected = torch.diagonal(features[0] @ features[1].T).numpy()
-    np.testing.assert_allclose(rows["hps_v2.0"], expected, atol=1e-6)
+    np.testing.assert_allclose(rows["hps_v2.0_jpeg"], expected, atol=1e-6)
     found = summary()
     for style, scores in zip(("anime", "photo"), 100 * expected.reshape(2, 3), strict=True):
         expected_style = {"mean": scores.mean(), "std": scores.std(), "count": 3}
@@ -410,7 +411,7 @@ def test_images_of_any_model_are_scored_and_bad_files_counted(parti, rewards_roo
 def test_scoring_hpsv2s_files_again_gives_the_same(hpsv2, rewards_root):
     hpsv2()
     run(HPSV2, "--score_only", "out", "--output_path", "again", "--weights", rewards_root, "--prompts", "styles")
-    np.testing.assert_allclose(table("again")["hps_v2.0"], table()["hps_v2.0"], atol=1e-6)
+    np.testing.assert_allclose(table("again")["hps_v2.0_jpeg"], table()["hps_v2.0_jpeg"], atol=1e-6)
     again, first = summary("again"), summary()
     assert again["styles"]["anime"] == pytest.approx(first["styles"]["anime"], abs=1e-4)
 
@@ -421,7 +422,7 @@ def test_versions_of_hpsv2_are_told_apart(hpsv2, rewards_root, tmp_path, capsys)
     shutil.copytree(rewards_root / "hpsv2", tmp_path / "hpsv2")
     shutil.move(tmp_path / "hpsv2" / "HPS_v2_compressed.pt", tmp_path / "hpsv2" / "HPS_v2.1_compressed.pt")
     hpsv2("--hps_version", "2.1", "--weights", tmp_path, "--limit", 1)
-    assert "hps_v2.1" in table().columns and summary()["settings"]["hps_version"] == "2.1"
+    assert "hps_v2.1_jpeg" in table().columns and summary()["settings"]["hps_version"] == "2.1"
     assert "hps_version 2.1" in Path("out/results.md").read_text()
     with pytest.raises(UserError, match="2.1, not 2.0; .* or score its images anew by --score_only out --output_path"):
         hpsv2("--limit", 1)
@@ -629,3 +630,29 @@ def test_a_launcher_that_allows_one_thread_gets_one():
     """accelerate sets OMP_NUM_THREADS=1 for several processes; half a core for each of two workers would be none."""
     found = [threads_per_worker(cores, workers) for cores, workers in ((1, 2), (2, 2), (3, 2), (16, 2), (1, 1))]
     assert found == [1, 1, 1, 8, 1]
+
+
+def test_pictures_are_read_as_a_person_sees_them(tmp_path):
+    """16-bit grey, transparency over white, EXIF rotation, palettes, CMYK and suffixes in upper case."""
+    grey = Image.fromarray(np.arange(4, dtype=np.uint16).reshape(2, 2) * 16448)  # 0, 64, 128, 192 of 255
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 255, 255))
+    turned, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([0, 255, 0])
+    grey.save(tmp_path / "0.PNG")
+    clear.save(tmp_path / "1.png")
+    turned.save(tmp_path / "2.jpg", exif=exif)
+    palette.convert("RGB").save(tmp_path / "3.webp", lossless=True)
+    Image.new("CMYK", (2, 2), (0, 0, 0, 0)).save(tmp_path / "4.Jpeg")
+    clear.quantize().save(tmp_path / "5.png")
+    Image.new("F", (2, 2)).save(tmp_path / "6.tiff")
+    read = [_read(tmp_path / find_image(tmp_path, f"{number}.png"), whole_view) for number in range(6)]
+    assert (read[0][0].flatten() * 255).tolist() == [0, 64, 128, 192]
+    assert (read[1][:, 0, 0] * 255).tolist() == [0, 0, 255] and (read[1][:, 1, 1] == 1).all()
+    assert read[2].shape == (3, 4, 2)
+    assert (read[3][:, 0, 0] * 255).tolist() == [0, 255, 0]
+    assert (read[4] > 0.98).all()
+    assert (read[5][:, 1, 1] == 1).all()
+    assert "floating-point" in _read(tmp_path / "6.tiff", whole_view)

@@ -77,7 +77,8 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     from accelerate import Accelerator
 
     from rewards import hpsv2
-    from textcraftor.benchmark.scores import check_scorers, load_scorers, weights_hash, whole_view
+    from textcraftor.benchmark.scores import check_scorers, load_scorers, whole_view
+    from textcraftor.hashes import weights_hash
     from textcraftor.models import check_model, quiet_libraries
     from textcraftor.weight_files import check_text_encoder, check_unet
 
@@ -95,7 +96,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     accelerator = Accelerator(mixed_precision="no", dynamo_backend="no")  # not its environment variables
     say = print if accelerator.is_main_process else lambda text: None
 
-    scorers = load_scorers(benchmark.rewards, args.weights, accelerator.device, args.hps_version)
+    scorers = load_scorers(benchmark.rewards, args.weights, accelerator.device, args.hps_version, benchmark.from_files)
     size = next(iter(scorers.values())).image_size[0]
     view = partial(hpsv2.prepare, size=size) if benchmark.from_files else whole_view
     if args.score_only:
@@ -217,8 +218,9 @@ def generator(benchmark, args, scorers, view, device):
 
     from textcraftor.benchmark.extend import extend_prompt, load_extender
     from textcraftor.benchmark.images import generate, load_pipeline
-    from textcraftor.benchmark.scores import score_files, score_images, weights_hash
+    from textcraftor.benchmark.scores import score_files, score_images
     from textcraftor.embeddings import count_cut
+    from textcraftor.hashes import weights_hash
     from textcraftor.precision import PRECISIONS, choose_precision
 
     pipeline, tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)

@@ -1,6 +1,5 @@
 """Scores of images, from the decoder or from files."""
 
-import hashlib
 import math
 from itertools import groupby
 from pathlib import Path
@@ -12,18 +11,24 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from rewards import check_files, hpsv2, load_reward
 from textcraftor.errors import UserError, first_line
+from textcraftor.image_files import upright_rgb
 from textcraftor.options import check_all
 
 _reading_prompts = Lock()  # tokenizers keep settings of the call at work: one thread at a time
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def load_scorers(names, root, device, hps_version):
-    """{column: reward} of the rewards `names`, fp32; HPSv2's column says its version, so that no two are compared."""
+def load_scorers(names, root, device, hps_version, from_files=False):
+    """{column: reward} of the rewards `names`, fp32. HPSv2's column names its version and what it saw.
+
+    hps_v2.0 is HPSv2 of the decoder's output, pooled as in training (PartiPrompts); hps_v2.0_jpeg, with from_files, is
+    HPSv2 of the saved file, resized bicubically as the authors' program does (the HPSv2 benchmark).
+    """
     scorers = {}
     for name in names:
         if name == "hpsv2":
-            scorers[f"hps_v{hps_version}"] = hpsv2.load(Path(root), device, torch.float32, hps_version)
+            column = f"hps_v{hps_version}" + ("_jpeg" if from_files else "")
+            scorers[column] = hpsv2.load(Path(root), device, torch.float32, hps_version)
         else:
             scorers[name] = load_reward(name, root, device)
     return scorers
@@ -61,7 +66,10 @@ def _finite(scores):
 
 
 def score_files(scorers, paths, prompts, view):
-    """Score image files, each after view(RGB picture) -> (3, H, W).
+    """Score image files, each after view(PIL picture) -> (3, H, W): whole_view, or rewards.hpsv2.prepare.
+
+    hpsv2.prepare reads a file as the authors' own program does, so that scores compare with published ones: it ignores
+    EXIF rotation and transparency, and 16-bit grey is clipped.
 
     Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing, cannot be decoded or
     has no finite score.
@@ -78,14 +86,14 @@ def score_files(scorers, paths, prompts, view):
 
 
 def whole_view(picture):
-    """A picture as the decoder gave it: all its pixels."""
-    return pil_to_tensor(picture) / 255
+    """A picture as the decoder gave it: all its pixels, as a person sees them (see upright_rgb)."""
+    return pil_to_tensor(upright_rgb(picture)) / 255
 
 
 def _read(path, view):
     try:
         with Image.open(path) as picture:
-            return view(picture.convert("RGB"))
+            return view(picture)
     except FileNotFoundError:
         return "no such file"
     except Exception as problem:  # every format's decoder raises its own kinds
@@ -93,15 +101,9 @@ def _read(path, view):
 
 
 def find_image(folder, file):
-    """The name below `folder` of the image `file`, which may have another suffix there."""
-    names = [file, *(str(Path(file).with_suffix(suffix)) for suffix in SUFFIXES)]
-    return next((name for name in names if (Path(folder) / name).is_file()), file)
-
-
-def weights_hash(network):
-    """sha256 of a network's weights in fp32, in their order: the same whatever file and names they came under."""
-    digest = hashlib.sha256()
-    for weight in network.state_dict().values():
-        digest.update(str(tuple(weight.shape)).encode())
-        digest.update(weight.float().cpu().contiguous().numpy())
-    return digest.hexdigest()
+    """The name below `folder` of the image `file`, which may have another suffix there, in any case."""
+    place = Path(folder, file)
+    if place.is_file() or not place.parent.is_dir():
+        return file
+    others = sorted(path.name for path in place.parent.glob(f"{place.stem}.*") if path.suffix.lower() in SUFFIXES)
+    return str(Path(file).with_name(others[0])) if others else file

@@ -8,11 +8,12 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from textcraftor.errors import first_line
 from textcraftor.files import write_whole
+from textcraftor.image_files import upright_rgb
 
 TEMPLATES = Path(__file__).parent / "templates"
 BLOCK = 16  # prompts whose images share one script element; the page decodes one element at a time
@@ -70,21 +71,11 @@ def data_uri(path, size):
         if picture.format in ("JPEG", "WEBP") and max(picture.size) <= size:
             picture.load()
             return _uri(picture.format.lower(), Path(path).read_bytes())
-        picture = _as_rgb(ImageOps.exif_transpose(picture))
+        picture = upright_rgb(picture)
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=85, method=2, lossless=max(picture.size) <= LOSSLESS)
     return _uri("webp", file.getvalue())
-
-
-def _as_rgb(picture):
-    """8-bit RGB: 16-bit grey is scaled (Pillow would clip it to white), transparent pixels show white."""
-    if picture.mode.startswith("I;16"):
-        picture = picture.point(lambda value: value / 257, "L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 def svg_uri(content):
