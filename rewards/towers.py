@@ -258,7 +258,7 @@ def load_transformers(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase,
     except Exception as error:  # damaged json and unusable values each raise another kind
         raise UserError(f"{folder}/config.json: no configuration of a CLIPModel ({first_line(error)})") from error
     weights = find_weights(folder, TRANSFORMERS_FILES)
-    state = read_clip(weights, "vision_model.embeddings.class_embedding", "a transformers CLIPModel")
+    state = read_clip(weights, "vision_model.embeddings.class_embedding", "transformers CLIPModel")
     own = dict(zip(_flatten(model.state_dict()), model.state_dict(), strict=True))
     fill(model, {own.get(name, name): value for name, value in state.items()}, weights)
     return model, load_transformers_tokenizer(folder, model), transformers_normalization(folder)

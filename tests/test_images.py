@@ -178,7 +178,7 @@ def test_tuned_weights_come_in_every_form(stable_diffusion, tuned_path, tmp_path
 
 
 def test_tuned_weights_that_do_not_fit_are_refused(stable_diffusion, tuned_path, tmp_path):
-    with pytest.raises(UserError, match="not the weights of the UNet2DConditionModel.*missing: "):
+    with pytest.raises(UserError, match="no UNet in it"):
         load_pipeline(str(stable_diffusion), "DDIM", T, unet_path=str(tuned_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: expected a weight file, a folder or a hub id with a CLIPTextModel"):
