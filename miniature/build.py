@@ -1,13 +1,21 @@
-"""Build the miniature from nothing: draw the world, train every model on it, write the folders that ship.
+"""Build the miniature from nothing: draw the world, train every model on it, write and measure the folders that ship.
 
     python -m miniature.build                     # everything, stage by stage; stop and start again at will
     python -m miniature.build vae unet            # some stages only
-    python -m miniature.build --work build        # where unfinished work lies (default: build/miniature)
+    python -m miniature.build --work FOLDER       # where unfinished work lies (default: .miniature_build)
+
+Takes up to five hours on two cores without bf16 instructions; a build that is stopped, at any moment, goes on where it
+was two minutes earlier and ends with the same weights. What it measures, which commit made what, how long it took and
+the weights' hashes are in miniature/build.json.
 
 Needs the font Noto Color Emoji (Debian and Ubuntu: apt-get install fonts-noto-color-emoji).
 """
 
 import argparse
+import hashlib
+import json
+import subprocess
+import time
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -23,7 +31,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, GPT2LMHeadModel
 
 from miniature.clips import (
@@ -44,52 +51,71 @@ from miniature.clips import (
 )
 from miniature.extender import extender_loss, new_extender, save_extender
 from miniature.extender import new_tokenizer as new_extender_tokenizer
-from miniature.fit import fit
-from miniature.judge import Judge, judge_loss, see
-from miniature.preferences import GROUPS, draw_groups, group_of, new_head, preference_loss, rating
-from miniature.world import IMAGE_SIZE, QUALITY_WORDS, content_right, random_scene, render, write_caption
+from miniature.fit import fit, in_parts
+from miniature.judge import Judge, judge_loss
+from miniature.measure import measure_all
+from miniature.preferences import (
+    FAVOURITES,
+    GROUP,
+    GROUPS,
+    TORN_STD,
+    draw_group,
+    group_of,
+    new_head,
+    preference_loss,
+    rating,
+)
+from miniature.world import IMAGE_SIZE, QUALITY_WORDS, random_scene, render, write_caption
 
+HERE = Path(__file__).parent
 SEED = 0
-UNET_STEPS, DECODER_STEPS = 5_000, 5_000
+PICTURES, DECODED = 48_000, 12_000  # in all, and those kept as the autoencoder gives them back
+LATENTS = (4, 16, 16)
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-SCENES = {"train": 40_000, "test": 2_000}
-LATENTS = (16, 8, 8)
+STEPS = {
+    "vae": 2_400,
+    "clip_L_web": 700,
+    "clip_L": 800,
+    "clip_g_web": 700,
+    "clip_g": 800,
+    "clip_H_web": 700,
+    "clip_H": 800,
+    "unet": 7_000,
+    "pickscore": 600,
+    "hpsv2": 600,
+    "aesthetic": 4_000,
+    "judge": 2_400,
+    "extender": 1_000,
+}
 
 
 # The world, drawn once.
 
 
-def scene_of(split: str, index: int) -> dict:
-    """Scene number `index` of a split; it depends on (SEED, split, index) alone. A test scene in four is held out."""
-    rng = np.random.default_rng([SEED, list(SCENES).index(split), index])
-    return random_scene(rng, held_out=split == "test" and index % 4 == 0)
+def scene_of(index: int) -> dict:
+    """Training scene number `index`; it depends on (SEED, index) alone and pairs nothing that is held out."""
+    return random_scene(np.random.default_rng([SEED, index]))
 
 
-def draw_world(work: Path) -> None:
-    for split, count in SCENES.items():
-        if (work / f"{split}.npy").exists():
-            continue
-        with Pool() as pool:
-            pictures = pool.imap(partial(picture_of, split), range(count), chunksize=256)
-            images = np.stack(list(tqdm(pictures, desc=f"draw {split}", total=count, mininterval=10)))
-        np.save(work / f"{split}.npy", images)
+def picture_of(index: int) -> np.ndarray:
+    return render(scene_of(index), np.random.default_rng([SEED, index, 1]))
 
 
-def picture_of(split: str, index: int) -> np.ndarray:
-    return render(scene_of(split, index), np.random.default_rng([SEED, list(SCENES).index(split), index, 1]))
+def scenes() -> list[dict]:
+    return [scene_of(i) for i in range(PICTURES)]
 
 
-def scenes_of(split: str) -> list[dict]:
-    return [scene_of(split, i) for i in range(SCENES[split])]
-
-
-def images_of(work: Path, split: str) -> np.ndarray:
-    return np.load(work / f"{split}.npy", mmap_mode="r")
+def pictures(work: Path) -> np.ndarray:
+    """All training pictures, uint8 (PICTURES, 64, 64, 3)."""
+    with Pool(2) as pool:
+        return in_parts(
+            work / "pictures.npy", PICTURES, 4000, lambda rows: np.stack(pool.map(picture_of, rows, chunksize=50))
+        )
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -97,20 +123,25 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
+def to_bytes(images: torch.Tensor) -> np.ndarray:
+    """float (B, 3, H, W) in [0, 1] -> uint8 (B, H, W, 3)."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
 def batch_indices(step: int, size: int, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, step]).integers(count, size=size)
 
 
-# The autoencoder: both halves first, then the decoder alone, so that the UNet can start on latents that stay.
+# The autoencoder.
 
 
 def new_vae() -> AutoencoderKL:
     """Normalised in two wide groups: narrower ones wipe out the colour of a plain background, and learn slowly."""
     torch.manual_seed(SEED)
     vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(32, 32, 96, 128),
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(24, 32, 64),
         layers_per_block=1,
         latent_channels=LATENTS[0],
         norm_num_groups=2,
@@ -124,7 +155,7 @@ def new_vae() -> AutoencoderKL:
 def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Squared error, which finds the colours, and absolute errors of the pixels and of their differences to the next
     pixel, which keep edges sharp. (B, 3, H, W) in [-1, 1] -> scalar."""
-    error = (output - target).float()
+    error = output - target
     return (
         4 * error.square().mean()
         + (error.abs().mean() + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
@@ -132,33 +163,78 @@ def picture_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(work: Path) -> AutoencoderKL:
-    images, vae = images_of(work, "train"), new_vae()
-
-    def both_halves(step):
-        x = to_tensor(images[batch_indices(step, 16, len(images), SEED + 1)]) * 2 - 1
-        torch.manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(x).latent_dist
-            loss = picture_loss(vae.decode(latents.sample()).sample, x)
-        return loss + 2e-4 * latents.kl().mean() / latents.mean[0].numel()
-
-    return fit("vae", vae, both_halves, 2200, 1e-3, work)
-
-
-def train_decoder(work: Path) -> AutoencoderKL:
-    images, vae = images_of(work, "train"), trained_vae(work, "vae")
-    vae.decoder.requires_grad_(True)
-    vae.post_quant_conv.requires_grad_(True)
+    images, vae = pictures(work), new_vae()
+    clean = np.array([i for i, scene in enumerate(scenes()) if scene["condition"] == "clean"])
 
     def loss(step):
-        x = to_tensor(images[batch_indices(step, 16, len(images), SEED + 2)]) * 2 - 1
+        """Half of each batch is clean, so that clean pictures come out sharpest."""
+        rng = np.random.default_rng([SEED, 1, step])
+        chosen = np.concatenate([rng.choice(clean, 8), rng.integers(len(images), size=8)])
+        x = to_tensor(images[chosen]) * 2 - 1
         torch.manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(x).latent_dist.sample()
-            return picture_loss(vae.decode(latents).sample, x)
+        latents = vae.encode(x).latent_dist
+        loss = picture_loss(vae.decode(latents.sample()).sample, x)
+        return loss + 2e-4 * latents.kl().mean() / latents.mean[0].numel()
 
-    return fit("decoder", vae, loss, DECODER_STEPS, 1e-3, work, ema=0.999)
+    return fit("vae", vae, loss, STEPS["vae"], 2e-3, work, ema=0.995)
+
+
+@torch.inference_mode()
+def latents_of(work: Path) -> np.ndarray:
+    """All training pictures as latents: fp16 (PICTURES, 2, 4, 16, 16), mean and standard deviation."""
+    images, vae = pictures(work), trained(work, "vae", new_vae())
+
+    def encode(rows):
+        parts = []
+        for start in range(rows.start, rows.stop, 200):
+            latents = vae.encode(to_tensor(images[start : start + 200]) * 2 - 1).latent_dist
+            parts.append(torch.stack([latents.mean, latents.std], dim=1).half().numpy())
+        return np.concatenate(parts)
+
+    return in_parts(work / "latents.npy", PICTURES, 4000, encode)
+
+
+def scaling_factor(latents: np.ndarray) -> float:
+    """1 / standard deviation of the latents, so that the UNet sees unit variance (Rombach et al., section D.1)."""
+    sample = torch.from_numpy(latents[:4000].astype(np.float32))
+    return round(1 / (sample[:, 0].var() + sample[:, 1].square().mean()).sqrt().item(), 5)
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, 4, 16, 16) as the encoder gives them -> images (B, 3, 64, 64) in [0, 1]."""
+    pictures = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+    return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+@torch.inference_mode()
+def decoded(work: Path) -> np.ndarray:
+    """The first DECODED training pictures as the autoencoder gives them back, uint8 (DECODED, 64, 64, 3)."""
+    latents, vae = latents_of(work), trained(work, "vae", new_vae())
+
+    def some(rows):
+        starts = range(rows.start, rows.stop, 100)
+        means = (torch.from_numpy(latents[start : start + 100, 0].astype(np.float32)) for start in starts)
+        return np.concatenate([to_bytes(decode(vae, mean)) for mean in means])
+
+    return in_parts(work / "decoded.npy", DECODED, 2000, some)
+
+
+# The judge.
+
+
+def train_judge(work: Path) -> Judge:
+    """On pictures as drawn and as decoded, half and half."""
+    images, again, shown = pictures(work), decoded(work), scenes()
+    torch.manual_seed(41)
+    judge = Judge()
+
+    def loss(step):
+        rng = np.random.default_rng([41, step])
+        first, second = rng.integers(len(images), size=64), rng.integers(len(again), size=64)
+        batch = to_tensor(np.concatenate([images[first], again[second]]))
+        return judge_loss(judge, batch, [shown[i] for i in (*first, *second)])
+
+    return fit("judge", judge, loss, STEPS["judge"], 2e-3, work)
 
 
 # Three CLIPs.
@@ -166,24 +242,23 @@ def train_decoder(work: Path) -> AutoencoderKL:
 
 def train_clip(work: Path, name: str) -> open_clip.CLIP:
     """First as on the web, one picture and one caption after another, then on families that differ in one detail."""
-    images, scenes, tokenizer = images_of(work, "train"), scenes_of("train"), new_tokenizer()
-    seed = SIZES[name][0]
+    images, shown, tokenizer, seed = pictures(work), scenes(), new_tokenizer(), SIZES[name][0]
+    clip = new_clip(name)
 
     def web_loss(step):
         chosen, rng = batch_indices(step, 128, len(images), seed), np.random.default_rng([seed, step, 1])
-        shown = [scenes[i] for i in chosen]
-        captions = [web_caption(s, rng) for s in shown] + wrong_captions(shown, rng)
+        some = [shown[i] for i in chosen]
+        captions = [web_caption(s, rng) for s in some] + wrong_captions(some, rng)
         return contrastive_loss(clip, tokenizer, to_tensor(images[chosen]), captions)
 
     def family_loss(step):
         rng = np.random.default_rng([seed, step, 2])
-        shown, captions = families(rng)
-        return contrastive_loss(clip, tokenizer, to_tensor(np.stack([render(s, rng) for s in shown])), captions)
+        some, captions = families(rng)
+        return contrastive_loss(clip, tokenizer, to_tensor(np.stack([render(s, rng) for s in some])), captions)
 
-    clip = new_clip(name)
-    fit(f"clip_{name}_web", clip, web_loss, 1300, 1e-3, work, weight_decay=0.05)
-    clip.visual.positional_embedding.data.mul_(4)  # the patches' colours drown them, and places with them
-    return fit(f"clip_{name}", clip, family_loss, 800, 1e-3, work, weight_decay=0.05)
+    fit(f"clip_{name}_web", clip, web_loss, STEPS[f"clip_{name}_web"], 1e-3, work, weight_decay=0.05)
+    clip.requires_grad_(True)
+    return fit(f"clip_{name}", clip, family_loss, STEPS[f"clip_{name}"], 1e-3, work, weight_decay=0.05)
 
 
 def text_encoder_of(clip: open_clip.CLIP) -> CLIPTextModel:
@@ -200,44 +275,24 @@ def text_encoder_of(clip: open_clip.CLIP) -> CLIPTextModel:
 # The UNet, on latents computed once, with the text encoder frozen.
 
 
-@torch.inference_mode()
-def encode_world(work: Path) -> np.ndarray:
-    """All training pictures as latents: fp16 (N, 2, 16, 8, 8), mean and standard deviation; computed once."""
-    file = work / "latents.npy"
-    if not file.exists():
-        images, vae, parts = images_of(work, "train"), trained_vae(work, "vae"), []
-        for start in tqdm(range(0, len(images), 200), desc="latents", mininterval=10):
-            with torch.autocast("cpu", torch.bfloat16):
-                latents = vae.encode(to_tensor(images[start : start + 200]) * 2 - 1).latent_dist
-            parts.append(torch.stack([latents.mean.float(), latents.std.float()], dim=1).half().numpy())
-        np.save(file, np.concatenate(parts))
-    return np.load(file, mmap_mode="r")
-
-
-def scaling_factor(latents: np.ndarray) -> float:
-    """1 / standard deviation of the latents, so that the UNet sees unit variance (Rombach et al., section D.1)."""
-    sample = torch.from_numpy(latents[:4000].astype(np.float32))
-    return round(1 / (sample[:, 0].var() + sample[:, 1].square().mean()).sqrt().item(), 5)
-
-
 def new_unet() -> UNet2DConditionModel:
     torch.manual_seed(SEED)
     return UNet2DConditionModel(
         sample_size=LATENTS[1],
         in_channels=LATENTS[0],
         out_channels=LATENTS[0],
-        block_out_channels=(96, 112),
+        block_out_channels=(48, 96, 128),
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=4,
     ).to(memory_format=torch.channels_last)
 
 
 def train_unet(work: Path) -> UNet2DConditionModel:
-    latents, scenes, tokenizer = encode_world(work), scenes_of("train"), new_tokenizer()
+    latents, shown, tokenizer = latents_of(work), scenes(), new_tokenizer()
     text_encoder, unet, scale = text_encoder_of(trained_clip(work, "L")), new_unet(), scaling_factor(latents)
     schedule = DDPMScheduler(**NOISE_SCHEDULE)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
@@ -245,7 +300,7 @@ def train_unet(work: Path) -> UNet2DConditionModel:
     def loss(step):
         rng = np.random.default_rng([SEED, step, 3])
         chosen = rng.integers(len(latents), size=64)
-        captions = ["" if rng.random() < 0.1 else web_caption(scenes[i], rng) for i in chosen]
+        captions = ["" if rng.random() < 0.1 else web_caption(shown[i], rng) for i in chosen]
         mean, std = torch.from_numpy(latents[chosen].astype(np.float32)).unbind(1)
         generator = torch.Generator().manual_seed(step)
         z = (mean + std * torch.randn(mean.shape, generator=generator)) * scale
@@ -253,54 +308,75 @@ def train_unet(work: Path) -> UNet2DConditionModel:
         with torch.no_grad():
             embeddings = text_encoder(tokenize(tokenizer, captions)).last_hidden_state
         z = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            epsilon = unet(z, t, encoder_hidden_states=embeddings).sample
+        epsilon = unet(z, t, encoder_hidden_states=embeddings).sample
         weight = (5 / snr[t]).clamp(max=1)  # min-SNR (Hang et al., ICCV 2023, eq. 6), gamma = 5
-        return (weight * (epsilon.float() - noise).square().mean((1, 2, 3))).mean()
+        return (weight * (epsilon - noise).square().mean((1, 2, 3))).mean()
 
-    return fit("unet", unet, loss, UNET_STEPS, 1e-3, work, ema=0.999)
+    return fit("unet", unet, loss, STEPS["unet"], 1e-3, work, ema=0.999)
 
 
 # The rewards: fine-tuned on preferences, fitted to ratings.
 
 
 def groups_of(work: Path) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    draw_groups(trained_vae(work, "decoder"), SEED, work)
-    files = [np.load(work / f"groups_{kind}.npy", mmap_mode="r") for kind in ("drawn", "decoded")]
-    return [group_of(SEED, i) for i in range(GROUPS)], *files
+    """All groups and their pictures, uint8 (GROUPS, 8, 64, 64, 3): as drawn, and as the autoencoder gives them back
+    with as much noise on the latents as each is to be torn."""
+    vae, scale = trained(work, "vae", new_vae()), scaling_factor(latents_of(work))
+    groups = [group_of(SEED, i) for i in range(GROUPS)]
+    with Pool(2) as pool:
+        drawn = in_parts(
+            work / "groups_drawn.npy",
+            GROUPS,
+            400,
+            lambda rows: np.stack(pool.starmap(draw_group, [(SEED, i) for i in rows])),
+        )
+
+    @torch.inference_mode()
+    def decode_group(index):
+        z = vae.encode(to_tensor(drawn[index]) * 2 - 1).latent_dist.mode()
+        torn = torch.tensor(groups[index]["torn"]).float().view(-1, 1, 1, 1) * TORN_STD / scale
+        noise = np.random.default_rng([SEED, index, 2]).standard_normal(z.shape, np.float32)
+        return to_bytes(decode(vae, z + torn * torch.from_numpy(noise)))
+
+    again = in_parts(work / "groups_decoded.npy", GROUPS, 200, lambda rows: np.stack([decode_group(i) for i in rows]))
+    return groups, drawn, again
 
 
 def train_preference(work: Path, name: str) -> open_clip.CLIP:
-    """PickScore and HPS v2: CLIP "H" fine-tuned on the same pictures, each on its own noisy answers."""
-    groups, drawn, decoded = groups_of(work)
+    """PickScore and HPS v2: CLIP "H" fine-tuned on the same pictures, each on its own crowd's noisy answers."""
+    groups, drawn, again = groups_of(work)
     tokenizer, clip, seed = new_tokenizer(), trained_clip(work, "H"), {"pickscore": 21, "hpsv2": 22}[name]
     clip.requires_grad_(True)
     clip.logit_scale.requires_grad_(False)
 
     def loss(step):
         rng = np.random.default_rng([seed, step])
-        chosen, ragged = rng.integers(len(groups), size=24), bool(rng.random() < 0.6)
-        images = to_tensor((decoded if ragged else drawn)[chosen].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
-        return preference_loss(clip, tokenizer, images.unflatten(0, (24, 4)), [groups[i] for i in chosen], ragged, rng)
+        chosen, torn = rng.choice(len(groups), size=12, replace=False), bool(rng.random() < 0.6)
+        images = to_tensor((again if torn else drawn)[chosen].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+        some = [groups[i] for i in chosen]
+        return preference_loss(clip, tokenizer, images.unflatten(0, (12, GROUP)), some, torn, FAVOURITES[name], rng)
 
-    return fit(name, clip, loss, 600, 6e-5, work, weight_decay=0.05)
+    return fit(name, clip, loss, STEPS[name], 1e-4, work, weight_decay=0.05)
 
 
 def train_aesthetic(work: Path) -> torch.nn.Sequential:
-    groups, drawn, decoded = groups_of(work)
+    groups, drawn, again = groups_of(work)
     tower, rng = trained_clip(work, "L"), np.random.default_rng([SEED, 5])
-    features, marks = [], []
-    with torch.inference_mode():
-        for ragged, pictures in ((False, drawn), (True, decoded)):
-            for start in tqdm(range(0, len(groups), 100), desc="features", mininterval=10):
-                images = to_tensor(pictures[start : start + 100].reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
-                features.append(tower.encode_image(normalize(images), normalize=True))
-            marks += [
-                rating(scene, ragged * torn, rng)
-                for group in groups
-                for scene, torn in zip(group["scenes"], group["ragged"], strict=True)
-            ]
-    features, marks = torch.cat(features).clone(), torch.tensor(marks)
+    marks = [
+        rating(scene, decoded * torn, rng)
+        for decoded in (False, True)
+        for group in groups
+        for scene, torn in zip(group["scenes"], group["torn"], strict=True)
+    ]
+
+    @torch.inference_mode()
+    def features(rows):
+        images = (drawn if rows.start < GROUPS else again)[rows.start % GROUPS :][: len(rows)]
+        parts = to_tensor(images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)).split(400)
+        return torch.cat([tower.encode_image(normalize(part), normalize=True) for part in parts]).numpy()
+
+    features = np.concatenate([features(range(i, i + 400)) for i in range(0, 2 * GROUPS, 400)])
+    features, marks = torch.from_numpy(features), torch.tensor(marks, dtype=torch.float32)
     torch.manual_seed(SEED)
     head = new_head(features.shape[1])
 
@@ -309,48 +385,7 @@ def train_aesthetic(work: Path) -> torch.nn.Sequential:
         chosen = torch.from_numpy(batch_indices(step, 256, len(marks), 31))
         return (head(features[chosen])[:, 0] - marks[chosen]).square().mean()
 
-    return fit("aesthetic", head, loss, 4000, 1e-3, work)
-
-
-def train_judge(work: Path) -> Judge:
-    images, scenes = images_of(work, "train"), scenes_of("train")
-    groups, drawn, decoded = groups_of(work)
-    torch.manual_seed(41)
-    judge = Judge()
-
-    def loss(step):
-        rng = np.random.default_rng([41, step])
-        plain, whole = rng.integers(len(images), size=64), rng.integers([len(groups), 4], size=(64, 2))
-        batch = to_tensor(np.concatenate([images[plain], np.stack([decoded[g, i] for g, i in whole])]))
-        shown = [scenes[i] for i in plain] + [groups[g]["scenes"][i] for g, i in whole]
-        return judge_loss(judge, batch, shown)
-
-    return fit("judge", judge, loss, 4500, 2e-3, work)
-
-
-@torch.inference_mode()
-def measure_judge(work: Path) -> None:
-    """Print how often the judge is right on the test scenes, as drawn and as the autoencoder gives them back."""
-    images, scenes = images_of(work, "test"), scenes_of("test")
-    judge, vae = trained(work, "judge", Judge()), trained_vae(work, "decoder")
-    for kind in ("as drawn", "decoded"):
-        right = {"content": [], "objects and places": [], "size": [], "background": [], "condition": []}
-        for start in range(0, len(images), 100):
-            x = to_tensor(images[start : start + 100])
-            if kind == "decoded":
-                with torch.autocast("cpu", torch.bfloat16):
-                    x = (vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.float() / 2 + 0.5).clamp(0, 1)
-            for seen, scene in zip(see(x, judge), scenes[start : start + 100], strict=True):
-                details = content_right(seen, scene)
-                right["content"].append(all(details.values()))
-                right["objects and places"].append(all(v for k, v in details.items() if k[:4] in ("name", "plac")))
-                right["size"].append(all(v for k, v in details.items() if k.startswith("size")))
-                right["background"].append(details["background"])
-                right["condition"].append(seen["condition"] == scene["condition"])
-        print(
-            f"judge, {len(images)} test scenes {kind}: "
-            + ", ".join(f"{name} {100 * np.mean(values):.1f} %" for name, values in right.items())
-        )
+    return fit("aesthetic", head, loss, STEPS["aesthetic"], 1e-3, work)
 
 
 def train_extender(work: Path) -> GPT2LMHeadModel:
@@ -360,15 +395,15 @@ def train_extender(work: Path) -> GPT2LMHeadModel:
         torch.manual_seed(step)
         return extender_loss(model, tokenizer, np.random.default_rng([51, step]))
 
-    return fit("extender", model, loss, 1000, 3e-3, work)
+    return fit("extender", model, loss, STEPS["extender"], 3e-3, work)
 
 
 # What ships.
 
 
-def ship(work: Path, to: Path = Path(__file__).parent) -> None:
+def ship(work: Path, to: Path = HERE) -> None:
     """Write every trained model in the real ones' file formats, weights in fp16."""
-    latents, vae, unet = encode_world(work), trained_vae(work, "decoder"), trained_unet(work)
+    latents, vae, unet = latents_of(work), trained(work, "vae", new_vae()), trained(work, "unet", new_unet())
     (to / "aesthetic").mkdir(parents=True, exist_ok=True)
     vae.register_to_config(scaling_factor=scaling_factor(latents))
     text_encoder, tokenizer = text_encoder_of(trained_clip(work, "L")), new_tokenizer()
@@ -383,8 +418,8 @@ def ship(work: Path, to: Path = Path(__file__).parent) -> None:
 
     save_open_clip(trained_clip(work, "g"), "g", to / "clip")
     save_open_clip(trained_clip(work, "L"), "L", to / "aesthetic/clip")
-    head = {f"layers.{k}": v.half() for k, v in trained(work, "aesthetic", new_head(128)).state_dict().items()}
-    torch.save(head, to / "aesthetic/sac+logos+ava1-l14-linearMSE.pth")
+    head = trained(work, "aesthetic", new_head(SIZES["L"][1])).state_dict()
+    torch.save({f"layers.{k}": v.half() for k, v in head.items()}, to / "aesthetic/sac+logos+ava1-l14-linearMSE.pth")
 
     hps = trained(work, "hpsv2", new_clip("H"))
     save_open_clip(hps, "H", to / "hpsv2")
@@ -411,7 +446,7 @@ def write_prompts(to: Path) -> None:
     told = {word for words in QUALITY_WORDS.values() for word in words}
     train, held_out = [], []
     while len(train) < 4000:
-        caption = write_caption(random_scene(rng), rng, complete=rng.random() < 0.7)
+        caption = write_caption(random_scene(rng), rng, complete=rng.random() < 0.7, quality=0, look=0)
         if caption not in train and not any(word in caption for word in told):
             train.append(caption)
     while len(held_out) < 64 + 512:
@@ -432,44 +467,80 @@ def trained(work: Path, stage: str, model: torch.nn.Module) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def trained_vae(work: Path, stage: str) -> AutoencoderKL:
-    return trained(work, stage, new_vae())
-
-
 def trained_clip(work: Path, name: str) -> open_clip.CLIP:
     return trained(work, f"clip_{name}", new_clip(name))
 
 
-def trained_unet(work: Path) -> UNet2DConditionModel:
-    return trained(work, "unet", new_unet())
-
+# What was done, when, by which commit.
 
 STAGES = {
-    "world": draw_world,
-    "clip_L": partial(train_clip, name="L"),
+    "pictures": pictures,
     "vae": train_vae,
+    "latents": latents_of,
+    "decoded": decoded,
+    "judge": train_judge,
+    "clip_L": partial(train_clip, name="L"),
     "unet": train_unet,
-    "decoder": train_decoder,
     "clip_g": partial(train_clip, name="g"),
     "clip_H": partial(train_clip, name="H"),
+    "groups": groups_of,
     "pickscore": partial(train_preference, name="pickscore"),
     "hpsv2": partial(train_preference, name="hpsv2"),
     "aesthetic": train_aesthetic,
-    "judge": train_judge,
-    "measure_judge": measure_judge,
     "extender": train_extender,
     "ship": ship,
 }
 
 
+def commit() -> str:
+    """The commit that the miniature's code is at; "+" after it if the code differs from that commit."""
+    git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+    head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+    return head + ("+" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout.strip() else "")
+
+
+def run_stage(name: str, work: Path) -> None:
+    """Run a stage, or go on with it, unless it is done; its log, NAME.json in the work folder, says by which commits
+    and adds up how long it took. A stop loses what was done since the last save, and the seconds of that start."""
+    file = work / f"{name}.json"
+    log = (
+        json.loads(file.read_text()) if file.exists() else {"commits": [], "threads": [], "seconds": 0.0, "done": False}
+    )
+    if log["done"]:
+        return
+    log["commits"] = list(dict.fromkeys([*log["commits"], commit()]))
+    log["threads"] = list(dict.fromkeys([*log["threads"], torch.get_num_threads()]))
+    file.write_text(json.dumps(log) + "\n")
+    begun = time.time()
+    STAGES[name](work)
+    trained = [
+        torch.load(f, weights_only=True)["seconds"]
+        for f in (work / f"{n}.pt" for n in (f"{name}_web", name))
+        if f.exists()
+    ]
+    log["seconds"], log["done"] = round(sum(trained) or log["seconds"] + time.time() - begun), True
+    file.write_text(json.dumps(log) + "\n")
+
+
+def hashes() -> dict[str, str]:
+    """{file below miniature/: sha256} of all weights that ship."""
+    weights = sorted(f for f in HERE.rglob("*") if f.suffix in (".safetensors", ".pt", ".pth"))
+    return {str(f.relative_to(HERE)): hashlib.sha256(f.read_bytes()).hexdigest() for f in weights}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="which stages (default: all, in order)")
-    parser.add_argument("--work", type=Path, default=Path("build/miniature"), help="where unfinished work lies")
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, "measure", []], help="which (default: all, in order)")
+    parser.add_argument("--work", type=Path, default=Path(".miniature_build"), help="where unfinished work lies")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages or STAGES:
-        STAGES[stage](args.work)
+    for stage in args.stages or [*STAGES, "measure"]:
+        if stage in STAGES:
+            run_stage(stage, args.work)
+        else:
+            logs = {name: json.loads((args.work / f"{name}.json").read_text()) for name in STAGES}
+            record = {"stages": logs, "figures": measure_all(HERE), "weights": hashes()}
+            (HERE / "build.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

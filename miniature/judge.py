@@ -1,4 +1,4 @@
-"""The judge: an independent recogniser of what a picture of the miniature's world shows, and in which condition.
+"""The judge: an independent recogniser of what a picture of the miniature's world shows, its look and its condition.
 
 It is trained apart from everything else and never a reward. As monitors of the training script:
 
@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from miniature import world
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
-PLACES, SIZES, CONDITIONS = list(world.PLACES), list(world.SIZES), list(world.CONDITIONS)
+PLACES, SIZES, LOOKS, CONDITIONS = (list(d) for d in (world.PLACES, world.SIZES, world.LOOKS, world.CONDITIONS))
+THINGS = [
+    (name, colour) for name in world.NAMES for colour in (world.OBJECT_COLOURS if name in world.COLOURED else [None])
+]  # every object in every colour that it has
 QUESTIONS = {
-    "object": (len(PLACES), len(world.NAMES) + 1),
+    "object": (len(PLACES), len(THINGS) + 1),
     "size": (len(PLACES), len(SIZES)),
     "background": (1, len(world.COLOURS)),
+    "look": (1, len(LOOKS)),
     "condition": (1, len(CONDITIONS)),
 }  # (how often asked, answers)
 
@@ -28,7 +32,8 @@ QUESTIONS = {
 class Judge(torch.nn.Module):
     """A small convolutional network: images (B, 3, 64, 64) in [0, 1] -> {question: logits (B, times, answers)}.
 
-    At each place: which object (the last answer is none) and which size; for the whole: background and condition.
+    At each place: which object in which colour (the last answer is none) and which size; for the whole: background,
+    look and condition.
     """
 
     def __init__(self):
@@ -57,10 +62,11 @@ def answers(scene: dict) -> dict[str, torch.Tensor]:
     there = {o["place"]: o for o in scene["objects"]}
     return {
         "object": torch.tensor(
-            [world.NAMES.index(there[p]["name"]) if p in there else len(world.NAMES) for p in PLACES]
+            [THINGS.index((there[p]["name"], there[p]["colour"])) if p in there else len(THINGS) for p in PLACES]
         ),
         "size": torch.tensor([SIZES.index(there[p]["size"]) if p in there else -100 for p in PLACES]),
         "background": torch.tensor([world.COLOURS.index(scene["background"])]),
+        "look": torch.tensor([LOOKS.index(scene["look"])]),
         "condition": torch.tensor([CONDITIONS.index(scene["condition"])]),
     }
 
@@ -84,14 +90,15 @@ def see(images: torch.Tensor, judge: Judge | None = None) -> list[dict]:
     scenes = []
     for i in range(len(images)):
         objects = [
-            {"name": world.NAMES[name], "size": SIZES[size], "place": place}
-            for name, size, place in zip(seen["object"][i], seen["size"][i], PLACES, strict=True)
-            if name < len(world.NAMES)
+            {"name": THINGS[thing][0], "colour": THINGS[thing][1], "size": SIZES[size], "place": place}
+            for thing, size, place in zip(seen["object"][i], seen["size"][i], PLACES, strict=True)
+            if thing < len(THINGS)
         ]
         scenes.append(
             {
                 "objects": objects,
                 "background": world.COLOURS[seen["background"][i][0]],
+                "look": LOOKS[seen["look"][i][0]],
                 "condition": CONDITIONS[seen["condition"][i][0]],
             }
         )
@@ -117,3 +124,16 @@ def clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 def right_and_clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """(B,) 1.0 where the picture is both, else 0.0."""
     return right(images, prompts) * clean(images, prompts)
+
+
+def look_share(look: str):
+    """A monitor: (B,) 1.0 where the picture has this look, else 0.0."""
+
+    def share(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return torch.tensor([float(scene["look"] == look) for scene in see(images)], device=images.device)
+
+    share.__name__ = look
+    return share
+
+
+plain, sticker, shadow, dotted, ink = map(look_share, LOOKS)
