@@ -22,24 +22,25 @@ TORN_STD = 0.5  # latent noise, in standard deviations of the latents, that tear
 
 
 def group_of(seed: int, index: int) -> dict:
-    """Group `index`: {"caption", "scenes": eight, "torn": eight in [0, 1]}: the scene that the caption asks for, in any
-    look; then with one thing wrong: an object, background or colour; a size; a place; twice a flaw; then clean in its
+    """Group `index`: {"caption", "scenes": eight, "torn": eight in [0, 1]}: the scene that the caption asks
+    for; then with one thing wrong: an object, background or colour; a size; a place; twice a flaw; then clean in its
     own look and in another; and with anything wrong. A third of the pictures have torn detail besides, as a generator's
     failures do."""
     rng = np.random.default_rng([seed, index])
     asked = {**world.random_scene(rng), "condition": "clean"}
     kinds = [what for what in world.spoils(asked) if what in ("object", "background", "colour")]
-    looks, flaws = rng.permutation(list(world.LOOKS)).tolist(), rng.permutation(world.FLAWS).tolist()
+    others = rng.permutation([look for look in world.LOOKS if look != asked["look"]]).tolist()
+    flaws = rng.permutation(world.FLAWS).tolist()
     moved = "swap" if "swap" in world.spoils(asked) else "place"
     scenes = [
-        {**asked, "look": looks[0]},
+        asked,
         world.spoil(asked, rng, world.pick(rng, kinds)),
         world.spoil(asked, rng, "size"),
         world.spoil(asked, rng, moved),
         {**asked, "condition": flaws[0]},
-        {**asked, "look": looks[1], "condition": flaws[1]},
-        {**asked, "look": looks[1]},
-        {**world.spoil(asked, rng), "look": looks[2], "condition": world.pick(rng, world.CONDITIONS)},
+        {**asked, "look": others[0], "condition": flaws[1]},
+        {**asked, "look": others[0]},
+        {**world.spoil(asked, rng), "look": others[1], "condition": world.pick(rng, world.CONDITIONS)},
     ]
     torn = rng.uniform(size=GROUP) * (rng.random(GROUP) < 1 / 3)
     caption = world.write_caption(asked, rng, complete=rng.random() < 0.8, quality=0.2, look=0.2)

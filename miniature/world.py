@@ -188,10 +188,6 @@ def render(scene: dict, rng: np.random.Generator) -> np.ndarray:
     n = IMAGE_SIZE
     colour = np.array(BACKGROUNDS[scene["background"]], np.float32) + rng.uniform(-8, 8)
     image = np.broadcast_to(np.clip(colour, 0, 255) / 255, (n, n, 3)).copy()
-    if scene["look"] == "dotted":
-        for x in range(8, n, 16):
-            for y in range(8, n, 16):
-                blend(image, 1.0, 0.7 * DOT, x - 3 + rng.integers(-1, 2), y - 3 + rng.integers(-1, 2))
     objects = []
     for o in scene["objects"]:
         s = sprite(o["name"], o["colour"], o["size"])
@@ -199,6 +195,10 @@ def render(scene: dict, rng: np.random.Generator) -> np.ndarray:
         left = int(np.clip(x - s.shape[1] // 2 + rng.integers(-1, 2), 0, n - s.shape[1]))
         top = int(np.clip(y - s.shape[0] // 2 + rng.integers(-1, 2), 0, n - s.shape[0]))
         objects.append((o, s, left, top))
+    if scene["look"] == "dotted":
+        for x in range(8, n, 16):
+            for y in range(8, n, 16):
+                blend(image, 1.0, 0.7 * DOT, x - 3 + rng.integers(-1, 2), y - 3 + rng.integers(-1, 2))
     ghost = [int(rng.choice((-7, -6, 6, 7))), int(rng.integers(-3, 4))] if scene["condition"] == "ghost" else None
     for o, s, left, top in objects:
         if scene["look"] == "shadow":
