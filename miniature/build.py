@@ -503,6 +503,9 @@ def commit() -> str:
     return head + ("+" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout.strip() else "")
 
 
+COMMIT = commit()  # now, while the code on disk is what this process has read
+
+
 def run_stage(name: str, work: Path) -> None:
     """Run a stage, or go on with it, unless it is done; its log, NAME.json in the work folder, says by which commits
     and adds up how long it took. A stop loses what was done since the last save, and the seconds of that start."""
@@ -512,7 +515,7 @@ def run_stage(name: str, work: Path) -> None:
     )
     if log["done"]:
         return
-    log["commits"] = list(dict.fromkeys([*log["commits"], commit()]))
+    log["commits"] = list(dict.fromkeys([*log["commits"], COMMIT]))
     log["threads"] = list(dict.fromkeys([*log["threads"], torch.get_num_threads()]))
     file.write_text(json.dumps(log) + "\n")
     begun = time.time()

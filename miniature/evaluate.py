@@ -1,9 +1,11 @@
-"""Measure tuned text encoders of the miniature on its held-out prompts: rewards, judge, and paired 95 % intervals.
+"""Measure tuned text encoders of the miniature on its held-out prompts: rewards, judge, looks, and 95 % intervals.
 
     python -m miniature.evaluate output/tc_text.safetensors
-    python -m miniature.evaluate output/tc_text.safetensors --start 256 --guidance 3 --picture after.png
+    python -m miniature.evaluate seed0/tc_text.safetensors seed1/tc_text.safetensors --words --picture after.png
 
-Same prompts and noise before and after; the tuned encoder drives the last 15 of 25 steps, as in every test.
+Same prompts and noise before and after; the tuned encoder drives the last 15 of 25 steps, as in every test. Several
+encoders, of several seeds, say, are averaged for each prompt before the prompts are compared; each one's means are
+listed, too. --words puts prompt engineering beside them: quality words in all steps, and in the last 15.
 """
 
 import argparse
@@ -13,70 +15,91 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from transformers import CLIPTextModel
 
+from miniature.measure import HERE, STEPS, WORDS, make
+from miniature.world import LOOKS
 from rewards import REWARDS, load_reward
 from rewards.own import load_function
 from rewards.sum import RewardSum
 from textcraftor.errors import UserError, run_program
-from textcraftor.models import latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.models import load_model, quiet_libraries
 from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid
-from textcraftor.precision import PRECISIONS, choose_precision
 from textcraftor.prompts import read_prompts
-from textcraftor.sampling import make_images, make_scheduler
 from textcraftor.statistics import paired_table
-from textcraftor.validation import validate, validation_noise
+from textcraftor.validation import validate
 from textcraftor.weight_files import load_text_encoder
 
-HERE = Path(__file__).parent
-STEPS = 25
+JUDGED = ("right", "clean", "right_and_clean", *LOOKS)
+PICTURES = 16  # the first prompts' pictures are shown: a rule, not a choice
 
 
 def main() -> None:
     defaults = json.loads((HERE / "defaults.json").read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text_path", help="tuned text encoder, safetensors or .pth")
+    parser.add_argument("text_path", nargs="+", help="tuned text encoders, safetensors or .pth")
     parser.add_argument("--prompts", default=str(HERE / "heldout.csv"))
     parser.add_argument("--start", type=int, default=0, help="first prompt, counted from 0")
-    parser.add_argument("--count", type=int, default=512, help="how many prompts")
-    parser.add_argument("--guidance", type=float, default=defaults.get("guidance", 7.5))
+    parser.add_argument("--count", type=int, default=256, help="how many prompts")
+    parser.add_argument("--guidance", type=float, default=defaults["guidance"])
     parser.add_argument("--grad_steps", type=int, default=TEST_TUNED_STEPS, help="steps that the tuned encoder drives")
-    parser.add_argument("--picture", help="also write a before/after picture here")
+    parser.add_argument("--words", action="store_true", help=f"also measure prompt engineering: '{WORDS}'")
+    parser.add_argument("--picture", help="write a before/after picture of the first 16 prompts here")
     args = parser.parse_args()
 
-    quiet_libraries()
-    torch.manual_seed(0)
     prompts = read_prompts(args.prompts)[0][args.start : args.start + args.count]
     if len(prompts) < 2:
         raise UserError(
             f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
             f"{args.prompts}, and an interval needs two"
         )
-    model = load_model(HERE / "stable-diffusion")
-    tuned = copy.deepcopy(model.text_encoder)
-    load_text_encoder(tuned, args.text_path)
-    dtype = PRECISIONS[choose_precision("auto", "cpu")[0]]
-    for network in (*model[1:4], tuned):
-        network.to(dtype)
-    scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
-    weights = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0} | defaults  # as in training
-    rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in REWARDS])
-    judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
+    evaluate = Evaluation(prompts, args.start, args.guidance)
+    print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
+    before = evaluate(steps=0)
+    looks = [evaluate(tuned=path, steps=args.grad_steps) for path in args.text_path]
+    after = {name: torch.stack([scores[name] for scores, _ in looks]).mean(0) for name in before[0]}
+    print(paired_table(before[0], after))
+    for path, (scores, _) in zip(args.text_path, looks, strict=True):
+        print(f"{path}: " + ", ".join(f"{name} {score.mean():.4g}" for name, score in scores.items()))
+    for steps in (STEPS, TEST_TUNED_STEPS) if args.words else ():
+        print(f"prompts with '{WORDS}' in the last {steps} of {STEPS} steps, scored with the plain prompts")
+        print(paired_table(before[0], evaluate(words=WORDS, steps=steps)[0]))
+    if args.picture:
+        before_after_grid(before, looks[0], prompts, "tuning", Path(args.picture))
 
-    def look(encoder):
-        networks = make_networks(model, encoder)
+
+class Evaluation:
+    """Scores of the miniature's pictures of some held-out prompts under tuned encoders and added words."""
+
+    def __init__(self, prompts: list[str], start: int, guidance: float):
+        """prompts: those from number `start` of their file on; the numbers decide the noise."""
+        quiet_libraries()
+        self.prompts, self.start, self.guidance = prompts, start, guidance
+        self.model = load_model(HERE / "stable-diffusion")
+        weights = {name: weight for name, (weight, _) in REWARDS.items()}  # training's defaults
+        self.rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in REWARDS])
+        self.judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in JUDGED]
+
+    def __call__(self, tuned: str | None = None, words: str = "", steps: int = 15):
+        """({score: (N,)}, the first pictures) with the last `steps` steps driven by the encoder in file `tuned`, or
+        the original, that reads the prompts with `words` after them."""
+        encoder = self.encoder(tuned) if tuned else None
 
         def sample(batch, indices):
-            noise = validation_noise([args.start + i for i in indices], shape)
-            return make_images(networks, scheduler, batch, noise, tuned_steps=args.grad_steps, guidance=args.guidance)
+            indices = [self.start + i for i in indices]
+            return make(self.model, batch, indices, self.guidance, encoder, words, steps)
 
-        return validate(Accelerator(cpu=True, mixed_precision="no"), sample, rewards, judge, prompts, 32, 16)
+        processes = Accelerator(cpu=True, mixed_precision="no")
+        scores, images = validate(processes, sample, self.rewards, self.judge, self.prompts, 32, PICTURES)
+        # A judge's name is that of its function: path/to/judge.py:clean.
+        return {name.rpartition(":")[2]: score for name, score in scores.items()}, images
 
-    before, after = look(None), look(tuned)
-    print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
-    print(paired_table(before[0], after[0]))
-    if args.picture:
-        before_after_grid(before, after, prompts, "tuning", Path(args.picture))
+    def encoder(self, path: str) -> CLIPTextModel:
+        """The tuned text encoder in a file."""
+        encoder = copy.deepcopy(self.model.text_encoder)
+        load_text_encoder(encoder, path)
+        return encoder
 
 
 if __name__ == "__main__":

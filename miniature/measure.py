@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SEED = 1_000_000  # of test scenes, far from the training scenes' numbers
 JUDGED, PAIRS, PROMPTS = 1_000, 100, 128
 STEPS = 25
-WORDS = "sharp and vivid, clean"
+WORDS = ", sharp and vivid, clean"
 
 
 def draw(scenes: list[dict], seed: int = SEED) -> torch.Tensor:
@@ -97,22 +97,31 @@ def measure_reward(name: str, vae, root: Path = HERE) -> dict[str, float]:
 
 
 @torch.inference_mode()
+def make(
+    model: Model, prompts: list[str], indices: list[int], guidance: float, tuned=None, words: str = "", steps: int = 15
+) -> torch.Tensor:
+    """Pictures (B, 3, 64, 64) of prompts from the fixed noise of their indices, the last `steps` of 25 steps driven by
+    a tuned text encoder, or the model's own, that reads the prompts with `words` after them; the others by the model's
+    own that reads the prompts."""
+    tuned = tuned or model.text_encoder
+    scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
+    plain = guidance_pair(encode_prompts(model.tokenizer, model.text_encoder, ["", *prompts]))
+    told = guidance_pair(encode_prompts(model.tokenizer, tuned, ["", *(prompt + words for prompt in prompts)]))
+    predict = partial(predict_noise, model.unet, guidance)
+    return decode(model.vae, sample_last_k(predict, scheduler, validation_noise(indices, shape), plain, told, steps))
+
+
 def measure_words(model: Model, prompts: list[str], guidance: float) -> dict[str, dict[str, float]]:
     """How the judge finds pictures of held-out prompts, in percent, as they are and with quality words added in all
     steps, the last 15 and the last 5: what tuning the late steps' encoder can reach."""
-    encode = partial(encode_prompts, model.tokenizer, model.text_encoder)
-    scheduler, shape, figures = make_scheduler(model.scheduler_config, STEPS), latent_shape(model), {}
-    predict = partial(predict_noise, model.unet, guidance)
+    figures = {}
     for name, steps in {"plain": 0, "words in all steps": STEPS, "in the last 15": 15, "in the last 5": 5}.items():
-        right, seen = [], []
+        seen = []
         for start in range(0, len(prompts), 32):
             some = prompts[start : start + 32]
-            z = validation_noise(range(start, start + len(some)), shape)
-            plain, told = (guidance_pair(encode(["", *texts])) for texts in (some, [f"{p}, {WORDS}" for p in some]))
-            z = sample_last_k(predict, scheduler, z, plain, told, steps)
-            seen += see(decode(model.vae, z))
-        for scene, prompt in zip(seen, prompts, strict=True):
-            right.append(all(world.content_right(scene, world.parse(prompt)).values()))
+            indices = range(start, start + len(some))
+            seen += see(make(model, some, indices, guidance, words=WORDS, steps=steps))
+        right = [all(world.content_right(s, world.parse(p)).values()) for s, p in zip(seen, prompts, strict=True)]
         clean = [scene["condition"] == "clean" for scene in seen]
         figures[name] = {
             "clean": percent(clean),
