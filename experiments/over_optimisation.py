@@ -1,4 +1,4 @@
-"""Where the reward still rises while the judge falls: five times longer, at a higher learning rate, with and without CLIP.
+"""Where the reward still rises while the judge falls: five times longer, higher learning rate, without the CLIP term.
 
     python -m experiments.over_optimisation      trains four runs, then draws experiments/over_optimisation.png
 
