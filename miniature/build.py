@@ -85,7 +85,7 @@ STEPS = {
     "clip_g": 800,
     "clip_H_web": 700,
     "clip_H": 800,
-    "unet": 7_000,
+    "unet": 8_000,
     "pickscore": 600,
     "hpsv2": 600,
     "aesthetic": 4_000,
