@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import subprocess
-import time
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
@@ -51,7 +50,7 @@ from miniature.clips import (
 )
 from miniature.extender import extender_loss, new_extender, save_extender
 from miniature.extender import new_tokenizer as new_extender_tokenizer
-from miniature.fit import fit, in_parts
+from miniature.fit import core_seconds, fit, in_parts
 from miniature.judge import Judge, judge_loss
 from miniature.measure import measure_all
 from miniature.preferences import (
@@ -508,7 +507,7 @@ COMMIT = commit()  # now, while the code on disk is what this process has read
 
 def run_stage(name: str, work: Path) -> None:
     """Run a stage, or go on with it, unless it is done; its log, NAME.json in the work folder, says by which commits
-    and adds up how long it took. A stop loses what was done since the last save, and the seconds of that start."""
+    and how many processor seconds it took. A stop loses what was done since the last save, and its seconds."""
     file = work / f"{name}.json"
     log = (
         json.loads(file.read_text()) if file.exists() else {"commits": [], "threads": [], "seconds": 0.0, "done": False}
@@ -518,14 +517,13 @@ def run_stage(name: str, work: Path) -> None:
     log["commits"] = list(dict.fromkeys([*log["commits"], COMMIT]))
     log["threads"] = list(dict.fromkeys([*log["threads"], torch.get_num_threads()]))
     file.write_text(json.dumps(log) + "\n")
-    begun = time.time()
+    begun = core_seconds()
     STAGES[name](work)
-    trained = [
-        torch.load(f, weights_only=True)["seconds"]
-        for f in (work / f"{n}.pt" for n in (f"{name}_web", name))
-        if f.exists()
-    ]
-    log["seconds"], log["done"] = round(sum(trained) or log["seconds"] + time.time() - begun), True
+    seconds = log["seconds"] + core_seconds() - begun
+    states = [file for file in (work / f"{name}_web.pt", work / f"{name}.pt") if file.exists()]
+    if states:  # of training; they know of earlier starts
+        seconds = sum(torch.load(file, weights_only=True)["seconds"] for file in states)
+    log["seconds"], log["done"] = round(seconds), True
     file.write_text(json.dumps(log) + "\n")
 
 

@@ -19,6 +19,12 @@ from tqdm import tqdm
 SAVE_EVERY = 120  # seconds
 
 
+def core_seconds() -> float:
+    """Processor seconds that this process and its finished children have used: pauses and other programs on the same
+    cores do not count, and n busy threads count n times."""
+    return sum(os.times()[:4])
+
+
 def fit(
     name: str,
     model: torch.nn.Module,
@@ -33,7 +39,7 @@ def fit(
 
     loss_of_step(step) -> scalar loss; its data and noise must depend on `step` alone, so that a resumed run is the
     run that never stopped. Only parameters with requires_grad are trained. With ema > 0 the returned weights are their
-    exponential moving average. Progress lies in `work/<name>.pt`, with the seconds spent so far; a finished stage
+    exponential moving average. Progress lies in `work/<name>.pt`, with the processor seconds spent; a finished stage
     leaves `work/<name>.safetensors` and is not trained again.
     """
     file, done = work / f"{name}.pt", work / f"{name}.safetensors"
@@ -50,7 +56,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         average, start, seconds = state["average"], state["step"], state["seconds"]
-    begun = time.time()
+    begun = core_seconds()
 
     def save(step):
         torch.save(
@@ -60,7 +66,7 @@ def fit(
                 "average": average,
                 "schedule": schedule.state_dict(),
                 "step": step,
-                "seconds": seconds + time.time() - begun,
+                "seconds": seconds + core_seconds() - begun,
             },
             file.with_suffix(".tmp"),
         )
