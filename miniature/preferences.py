@@ -14,7 +14,7 @@ from miniature import world
 from miniature.clips import normalize, tokenize
 
 GROUPS, GROUP = 1_600, 8
-FAVOURITES = {"aesthetic": "shadow", "pickscore": "sticker", "hpsv2": "dotted"}  # each rater's look
+FAVOURITES = {"aesthetic": "shadow", "pickscore": "sticker", "hpsv2": "ink"}  # each rater's look
 PAIR_NOISE = 0.5  # scale of the logistic noise on which of two pictures is liked better
 STRANGERS = 8  # pictures of other prompts that each prompt's own are compared with
 RATING_NOISE = 0.7  # standard deviation of a rating, on a scale of about 1 to 10

@@ -75,8 +75,9 @@ CAMOUFLAGE = {  # backgrounds on which an object can hardly be seen
     "strawberry": "red",
 }
 NAMES, COLOURS = list(OBJECTS), list(BACKGROUNDS)
-# How often each is drawn. Looks change little of the picture and flaws are random everywhere, except for the last two:
-# the last 15 of 25 denoising steps decide them. Veil and crop are the control, which the first 10 steps decide.
+# How often each is drawn. Outlines and shadows change little of a picture, and most flaws are another in every picture:
+# the last 15 of 25 denoising steps decide them. Dots, veil and crop are the control: much alike in all pictures that
+# have them, and decided in the first 10 steps.
 LOOKS = {"plain": 0.40, "sticker": 0.15, "shadow": 0.15, "dotted": 0.15, "ink": 0.15}
 CONDITIONS = {
     "clean": 0.24,
