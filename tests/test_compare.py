@@ -180,7 +180,7 @@ def test_damaged_runs_are_refused_in_one_line(runs):
         ("scores.csv", table.replace(b"\n1,", b"\none,", 1), "line 3: index is 'one'"),
         ("scores.csv", table[: table.index(b"00002.png") + 9], "line 4: has more or fewer cells"),
         ("scores.csv", table + table.splitlines(keepends=True)[1], "image 0 is listed twice"),
-        ("scores.csv", table.replace(b"prompt 1,", b'"' + b"x" * 5_000_000 + b'",', 1), "cannot be read \\(field larger"),
+        ("scores.csv", table.replace(b"prompt 1,", b'"' + b"x" * 9**7 + b'",', 1), "cannot be read \\(field larger"),
         ("scores.csv", table.replace(b"prompt 1,", b"\xe9,", 1), "cannot be read .*codec"),
     ):  # fmt: skip
         for file, good in files.items():

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_textcraftor
 from rewards import load_reward
-from textcraftor import precision, training_options
+from textcraftor import precision, processes, training_options
 from textcraftor.errors import UserError
 from textcraftor.models import load_model, make_networks
 from textcraftor.sampling import make_images, make_scheduler
@@ -339,7 +339,7 @@ def test_fp16s_loss_scale_is_found(work, command, monkeypatch):
             self.native_amp = True
             scalers.append(self.scaler)
 
-    monkeypatch.setattr(train_textcraftor, "Accelerator", OnProcessor)
+    monkeypatch.setattr(processes, "Accelerator", OnProcessor)
     monkeypatch.setattr(precision, "HAS_FP16", {"cpu"})
     train(*command, "--mixed_precision", "fp16", "--max_steps", 8, "--lr_text", "1e-4")
     skipped = [row["skipped"] == "1" for row in table("output")[1:]]
@@ -473,6 +473,11 @@ def test_a_run_is_never_overwritten(work, command):
     train(*command, "--lr_scheduler", "cosine", "--max_steps", 1, "--output-path", "cosine")
     with pytest.raises(UserError, match="has last step = 1, not 2"):  # its rates would have been others
         train(*command, "--lr_scheduler", "cosine", "--max_steps", 2, "--output-path", "cosine", "--resume")
+    own = Path("own.py").read_text()
+    Path("own.py").write_text(own.replace("def redness", "def redness_of_old") + "redness = constant\n")
+    with pytest.raises(UserError, match="had other redness"):
+        train(*command, "--resume")
+    Path("own.py").write_text(own)
     with open("prompts.csv", "a") as file:
         file.write("another prompt\n")
     with pytest.raises(UserError, match="had other training prompts"):

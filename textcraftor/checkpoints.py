@@ -9,13 +9,17 @@ know them, so a run can be resumed under another version of these libraries.
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
+from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
+SAVE = {"tc_text": save_text_encoder, "tc_unet": save_unet}  # (state dict, path)
+LOAD = {"tc_text": load_text_encoder, "tc_unet": load_unet}  # (network, path), strictly, in place
 MARGIN = 2**20  # bytes for pictures, metrics and the rest
 
 
@@ -23,10 +27,8 @@ class Trained(NamedTuple):
     """A network in training, under the one name that its files have: tc_text or tc_unet."""
 
     name: str
-    network: object  # as accelerator.prepare returned it
+    network: torch.nn.Module  # as accelerator.prepare returned it
     learning_rate: float
-    save: Callable  # (state dict, path)
-    load: Callable  # (network, path), strictly, in place
 
 
 def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
@@ -38,9 +40,8 @@ def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
 def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
     """Raise UserError unless `folder` has room for what a run of `keep` checkpoints (0: at least one) writes."""
     weights, state = checkpoint_bytes(trained)
-    needed = (
-        (max(keep, 1) + 2) * weights + 2 * state + MARGIN
-    )  # the best, and the new beside the old while it is written
+    # `keep` checkpoints, the best one, and a new one that is written before the oldest is deleted; the state likewise.
+    needed = (max(keep, 1) + 2) * weights + 2 * state + MARGIN
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, and this run writes up to {needed / 1e9:.2f} GB of checkpoints; free "
@@ -58,7 +59,7 @@ def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str)
     for part in trained:
         state = accelerator.get_state_dict(part.network)
         if accelerator.is_main_process:
-            part.save(state, Path(folder) / f"{part.name}{suffix}.safetensors")
+            SAVE[part.name](state, Path(folder) / f"{part.name}{suffix}.safetensors")
 
 
 def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
@@ -104,7 +105,7 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
                     f"--resume: {states[-1]} belongs to {part.name}_e_…_iter_{step}.safetensors, which is not in "
                     f"{folder}; put it back, or start another run from other weights with --text_path"
                 )
-            part.load(accelerator.unwrap_model(part.network), found[0])
+            LOAD[part.name](accelerator.unwrap_model(part.network), found[0])
     try:
         accelerator.load_state(str(states[-1]))
     except Exception as problem:  # pickle, zip and accelerate each raise their own kinds for a damaged file

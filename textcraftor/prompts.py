@@ -15,6 +15,7 @@ import numpy as np
 
 from textcraftor.downloads import command
 from textcraftor.errors import UserError
+from textcraftor.files import write_whole
 from textcraftor.prompt_formats import SUFFIXES, open_prompts
 from textcraftor.prompt_tables import suffix_of
 
@@ -159,3 +160,14 @@ def _distinct_prompts(path: Path | str, report: dict) -> Iterator[str]:
             f"{path}: no usable prompts: {report['empty']} rows are empty and {len(report['bad'])} unreadable; "
             "expected UTF-8 text and, in a table, a column `prompt`"
         )
+
+
+def write_bad_rows(reports: dict[str, dict], path: Path) -> None:
+    """Write "FILE: line NUMBER" to `path` for each row that could not be read; no file if there is none.
+
+    reports: {file: report as of read_prompts}.
+    """
+    lines = [f"{file}: line {number}\n" for file, report in reports.items() for number in report["bad"]]
+    if lines:
+        with write_whole(path) as unfinished:
+            unfinished.write_text("".join(lines), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import secrets
 from pathlib import Path
 
 from rewards import REWARDS
@@ -109,3 +110,17 @@ def check_options(args):
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     check_folder(args.output_path, args.resume)
+
+
+def recorded_options(args, global_batch, last_step, content):
+    """What options.json keeps of a run -> (options, the names of those that a resumed run must repeat).
+
+    global_batch: images per step; content: see hashes.run_content. "tracker run" is the tracker's id of a new run.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored")}
+    options["reward weights"] = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
+    options |= {"images per step": global_batch, "content": content}
+    if args.lr_scheduler != "constant_with_warmup":
+        options["last step"] = last_step  # the learning rate of every step depends on it
+    compared = [name for name in options if name not in FREE_ON_RESUME]
+    return options | {"tracker run": secrets.token_hex(4)}, compared

@@ -329,7 +329,7 @@ def work_through(accelerator, rows, done, batch_size, work, table):
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from textcraftor.interrupts import stop_signals
+    from textcraftor.processes import stop_signals
 
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     batches = [batch for batch in batches if any(row["index"] not in done for row in batch)]
