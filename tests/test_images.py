@@ -8,14 +8,11 @@ import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from textcraftor.benchmark.images import (
-    generate,
-    load_pipeline,
-    switch_embeddings,
-)
+from textcraftor.benchmark.images import generate, load_pipeline
 from textcraftor.errors import UserError
 from textcraftor.models import load_model, make_networks
 from textcraftor.options import SCHEDULERS
+from textcraftor.pipelines import switch_embeddings
 from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 from textcraftor.weight_files import check_text_encoder, load_text_encoder, save_text_encoder, save_unet
 
