@@ -16,7 +16,9 @@ SCALES = {"clip": 100, "aesthetic": 3, "pickscore": 1, "hpsv2": 100}  # of the r
 PAPER = (100, 1, 1, 100)
 
 # fmt: off
-TRAINING = {  # recipe: (weights of CLIP, aesthetic, PickScore and HPS v2 in the paper, K, what is tuned, images per update)
+# Recipe: (weights of CLIP, aesthetic, PickScore and HPS v2 as the paper counts them, K, what trains, images per update).
+TRAINING = {
+    # fmt
     "released":                   ((50, 3, 1, 100),   5, "text", 32),
     "paper":                      (PAPER,             5, "text", 256),
     "unet":                       (PAPER,             5, "unet", 256),
@@ -31,7 +33,8 @@ TRAINING = {  # recipe: (weights of CLIP, aesthetic, PickScore and HPS v2 in the
     "weights 200 3 1 100":        ((200, 3, 1, 100),  5, "text", 256),
     "weights 100 3 2 100":        ((100, 3, 2, 100),  5, "text", 256),
 }
-TESTS = {  # recipe: (its run's folder, scheduler, steps, tuned steps, weight)
+# Recipe: (name of the tested run, scheduler, steps, tuned steps, weight of the tuned embeddings).
+TESTS = {
     "test_grad_steps 5 25":       ("grad_steps_5",  "DDIM",      25, 25, 1.0),
     "test_grad_steps 10 10":      ("grad_steps_10", "DDIM",      25, 10, 1.0),
     "test_scheduler PNDM 50":     ("paper",         "PNDM",      50, 30, 1.0),
