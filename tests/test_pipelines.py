@@ -1,5 +1,6 @@
 """The tuned text encoder in diffusers' own pipelines, as the README shows it."""
 
+import copy
 import json
 import re
 import shutil
@@ -78,6 +79,8 @@ def test_batches_negative_prompts_and_other_pipelines(stable_diffusion, tuned_pa
     ids = pipeline.tokenizer(negative + prompts, padding="max_length", return_tensors="pt").input_ids
     torch.testing.assert_close(embeddings, tuned(ids).last_hidden_state)
     assert inpaint.text_encoder is pipeline.text_encoder
+    half = copy.deepcopy(pipeline).to(torch.bfloat16)
+    assert encode_with(tuned, half, prompts).dtype == torch.bfloat16
 
     seen = []
     inpaint.unet.register_forward_pre_hook(

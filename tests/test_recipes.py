@@ -16,9 +16,8 @@ SCALES = {"clip": 100, "aesthetic": 3, "pickscore": 1, "hpsv2": 100}  # of the r
 PAPER = (100, 1, 1, 100)
 
 # fmt: off
-# Recipe: (weights of CLIP, aesthetic, PickScore and HPS v2 as the paper counts them, K, what trains, images per update).
+# Recipe: (the paper's weights of CLIP, aesthetic, PickScore and HPS v2, K, what trains, images per update).
 TRAINING = {
-    # fmt
     "released":                   ((50, 3, 1, 100),   5, "text", 32),
     "paper":                      (PAPER,             5, "text", 256),
     "unet":                       (PAPER,             5, "unet", 256),

@@ -12,7 +12,8 @@ def encode_with(text_encoder, pipeline, prompts, negative_prompts=None):
     """The text embeddings that `pipeline` would use if it had this text encoder -> (2B, L, D), negative rows first.
 
     pipeline: any Stable Diffusion v1 pipeline of diffusers, with guidance. prompts, negative_prompts: as the pipeline
-    takes them, a string or a list of B.
+    takes them, a string or a list of B. The text encoder may have another device and type; the embeddings get those of
+    the pipeline.
     """
     own = pipeline.text_encoder
     pipeline.text_encoder = text_encoder
@@ -24,7 +25,7 @@ def encode_with(text_encoder, pipeline, prompts, negative_prompts=None):
             )  # fmt: skip
     finally:
         pipeline.text_encoder = own
-    return torch.cat([negative, positive])
+    return torch.cat([negative, positive]).to(pipeline._execution_device, own.dtype)  # with offloading not own.device
 
 
 def switch_embeddings(embeddings, tuned_steps):
