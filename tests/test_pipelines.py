@@ -1,6 +1,5 @@
 """The tuned text encoder in diffusers' own pipelines, as the README shows it."""
 
-import copy
 import json
 import re
 import shutil
@@ -9,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 
 from textcraftor.benchmark.images import generate, load_pipeline
@@ -69,26 +75,54 @@ def test_the_readmes_lines_make_the_benchmarks_image(stable_diffusion, tuned_pat
     assert names["image"].size == (64, 64)
 
 
-def test_batches_negative_prompts_and_other_pipelines(stable_diffusion, tuned_path):
-    """Inpainting skips the first steps: two prompts with negative ones, the last three of four steps tuned."""
-    pipeline, tuned = load_pipeline(str(stable_diffusion), "DDIM", 5, str(tuned_path))
-    inpaint = StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False)
-    inpaint.set_progress_bar_config(disable=True)
-    prompts, negative = ["a red fox", "snow"], ["blurred", ""]
-    embeddings = encode_with(tuned, inpaint, prompts, negative)
-    ids = pipeline.tokenizer(negative + prompts, padding="max_length", return_tensors="pt").input_ids
-    torch.testing.assert_close(embeddings, tuned(ids).last_hidden_state)
-    assert inpaint.text_encoder is pipeline.text_encoder
-    half = copy.deepcopy(pipeline).to(torch.bfloat16)
-    assert encode_with(tuned, half, prompts).dtype == torch.bfloat16
-
+def embeddings_used(pipeline, *arguments, **options):
+    """The text embeddings of each evaluation of the UNet when the pipeline is called."""
     seen = []
-    inpaint.unet.register_forward_pre_hook(
-        lambda module, arguments, options: seen.append(options["encoder_hidden_states"]), with_kwargs=True
+    hook = pipeline.unet.register_forward_pre_hook(
+        lambda module, positional, named: seen.append(named["encoder_hidden_states"]), with_kwargs=True
     )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(*arguments, output_type="latent", **options)
+    hook.remove()
+    return seen
+
+
+def test_batches_negative_prompts_and_other_pipelines(stable_diffusion, tuned_path):
+    """Image to image and inpainting skip the first steps; the last three of the four left are tuned."""
+    own, tuned = load_pipeline(str(stable_diffusion), "DDIM", 5, str(tuned_path))
+    prompts, negative = ["a red fox", "snow"], ["blurred", ""]
     picture, mask = torch.zeros(2, 3, 64, 64), torch.ones(2, 1, 64, 64)
-    inpaint(
-        prompts, picture, mask, negative_prompt=negative, strength=0.8, height=64, width=64, num_inference_steps=5,
-        callback_on_step_end=switch_embeddings(embeddings, 3),
-    )  # fmt: skip
-    assert [torch.equal(used, embeddings) for used in seen] == [False, True, True, True]
+    ids = own.tokenizer(negative + prompts, padding="max_length", return_tensors="pt").input_ids
+    expected = tuned(ids).last_hidden_state
+    for kind, inputs in (
+        (StableDiffusionImg2ImgPipeline, (picture,)),
+        (StableDiffusionInpaintPipeline, (picture, mask)),
+    ):
+        pipeline = kind(**own.components, requires_safety_checker=False)
+        embeddings = encode_with(tuned, pipeline, prompts, negative)
+        torch.testing.assert_close(embeddings, expected)
+        assert pipeline.text_encoder is own.text_encoder
+        used = embeddings_used(
+            pipeline, prompts, *inputs, negative_prompt=negative, strength=0.8, num_inference_steps=5,
+            callback_on_step_end=switch_embeddings(embeddings, 3),
+        )  # fmt: skip
+        assert [torch.equal(each, embeddings) for each in used] == [False, True, True, True], kind
+    assert encode_with(tuned, own.to(torch.bfloat16), prompts).dtype == torch.bfloat16
+
+
+def test_steps_are_counted_not_evaluations(stable_diffusion, tuned_path):
+    """PNDM evaluates the UNet twice in the first step; Heun's method, of second order, in each step but the last."""
+    own, tuned = load_pipeline(str(stable_diffusion), "DDIM", 5, str(tuned_path))
+    pipeline = StableDiffusionPipeline(**own.components, requires_safety_checker=False)
+    embeddings = encode_with(tuned, pipeline, "a red fox")
+    for scheduler, evaluations in (
+        (EulerDiscreteScheduler, (1, 1, 1, 1, 1)),
+        (PNDMScheduler, (2, 1, 1, 1, 1)),
+        (HeunDiscreteScheduler, (2, 2, 2, 2, 1)),
+    ):
+        pipeline.scheduler = scheduler.from_config(own.scheduler.config, skip_prk_steps=True)
+        for tuned_steps in (1, 3):
+            callback = switch_embeddings(embeddings, tuned_steps)
+            used = embeddings_used(pipeline, "a red fox", num_inference_steps=5, callback_on_step_end=callback)
+            expected = [step >= 5 - tuned_steps for step, count in enumerate(evaluations) for _ in range(count)]
+            assert [torch.equal(each, embeddings) for each in used] == expected, (scheduler, tuned_steps)
