@@ -65,14 +65,19 @@ elif ! lacking=$(has_packages 2>&1); then
     exit 1
 fi
 
+# Set `gpus` to the number of GPUs visible here and `nodes` to the number of nodes that run together.
+count_gpus() {
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
+    nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
+}
+
 # Run program $1 of this folder, with the remaining arguments, on every visible GPU, or on the CPU if there is none.
 # On several nodes, run the same command on each, with torchrun's variables NNODES, NODE_RANK, MASTER_ADDR and
 # MASTER_PORT set; under `srun` with one task per node, Slurm provides the first two.
 launch() {
     program=$repository/$1
     shift
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())') || exit 1
-    nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-1}}
+    count_gpus
     node=${NODE_RANK:-${SLURM_NODEID:-0}}
     if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
         echo "error: $nodes nodes, but MASTER_ADDR is not set; give the first node's name or address in it" >&2

@@ -5,14 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from textcraftor.benchmark.images import (
-    generate,
-    load_pipeline,
-    switch_embeddings,
-)
+from textcraftor.benchmark.images import generate, load_pipeline
 from textcraftor.errors import UserError
 from textcraftor.models import load_model, make_networks
 from textcraftor.options import SCHEDULERS
@@ -113,23 +109,6 @@ def test_steps_are_counted_not_evaluations(stable_diffusion, tuned_path, schedul
     is_tuned = [not torch.equal(embeddings, seen[0][1]) for _, embeddings in seen]
     expected = [step >= T - grad_steps for step, count in enumerate(evaluated) for _ in range(count)]
     assert is_tuned == expected
-
-
-def test_the_switch_works_in_another_pipeline(stable_diffusion, tuned_path):
-    """Image to image skips the first steps; the last ones are the same."""
-    pipeline, _ = load(stable_diffusion, tuned_path)
-    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    late = torch.zeros(2, 77, 32)
-
-    def call():
-        other(
-            "a fox", torch.zeros(1, 3, 64, 64), strength=0.8, num_inference_steps=T,
-            callback_on_step_end=switch_embeddings(late, 3),
-        )  # fmt: skip
-
-    seen = evaluations(other, call)
-    assert [torch.equal(embeddings, late) for _, embeddings in seen] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])

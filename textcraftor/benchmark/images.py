@@ -1,4 +1,4 @@
-"""A benchmark's images, by the sampler of training; and the switch of embeddings for stock diffusers pipelines."""
+"""A benchmark's images, made by the sampler of training."""
 
 import copy
 
@@ -29,21 +29,6 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
     pipeline.register_modules(scheduler=make_scheduler(config, steps, scheduler))  # the constructor would change it
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, tuned
-
-
-def switch_embeddings(embeddings, grad_steps):
-    """A callback_on_step_end by which the last `grad_steps` steps use other `embeddings`, in any pipeline of diffusers.
-
-    embeddings: as the pipeline holds them in its loop, with guidance (2B, L, D), unconditional rows first. Counted from
-    the end, in steps: second-order schedulers evaluate the network twice in each step but the last, and PNDM twice in
-    the first. To have them in all steps, start the pipeline with them.
-    """
-
-    def switch(pipeline, evaluation, t, tensors):
-        left = pipeline.num_timesteps - 1 - evaluation
-        return {"prompt_embeds": embeddings} if left <= pipeline.scheduler.order * (grad_steps - 1) + 1 else {}
-
-    return switch
 
 
 @torch.inference_mode()
