@@ -19,7 +19,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -36,16 +36,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from rewards import REWARDS, check_files, load_reward
+from rewards.base import Reward, share_towers
+from rewards.constraint import ClipConstraint, check_constraint, load_constraint
 from rewards.own import load_function
 from rewards.sum import RewardSum
 from textcraftor import checkpoints
 from textcraftor.checkpoints import Trained
-from textcraftor.embeddings import count_cut
+from textcraftor.embeddings import count_cut, embed_prompts
 from textcraftor.hashes import run_content
-from textcraftor.models import check_model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.prompts import check_prompts, describe, write_bad_rows
@@ -57,6 +61,7 @@ from textcraftor.validation import PICTURES, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
 WINDOW = 20  # steps that the progress line averages
+SHARED_PROMPTS = 1000  # training prompts from which --shared_text finds the direction that they share
 MOST_SKIPS = 10  # updates skipped in a row that end the run; fp16's loss scale, halved by each, is 1 by then
 
 
@@ -77,6 +82,7 @@ def check_inputs(args):
     checks = [(check_model, args.model), (check_prompts, args.prompts)]
     checks += [(check_prompts, args.val_prompts)] if args.val_prompts else []
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
+    checks += [(check_constraint, args.weights)] if args.clip_constraint else []
     check_all([*checks, (check_files, [spec for spec in specs if spec in REWARDS], args.weights)])
     return {spec: load_function(spec) for spec in specs if ":" in spec}
 
@@ -119,6 +125,12 @@ def set_up(args, functions):
 
     rewards = RewardSum([(load(spec), weight) for spec, weight in args.weighted.items()])
     monitors = [load(spec) for spec in args.monitored]
+    constraint = None
+    if args.clip_constraint:
+        constraint = load_constraint(Path(args.weights), model.text_encoder, device, low_precision)
+        share_towers([reward for reward in (*rewards.rewards, constraint) if isinstance(reward, Reward)])
+    if args.shared_text != 1:
+        rewards.find_shared(prompts[:SHARED_PROMPTS])
     content = run_content(model, text_encoder, prompts, held_out, rewards.rewards, functions) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
@@ -134,17 +146,23 @@ def set_up(args, functions):
     networks = networks._replace(
         text_encoder=by_name.get("tc_text", networks.text_encoder), unet=by_name.get("tc_unet", networks.unet)
     )
+    ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # depends on the step alone
 
     # Start a run folder, or continue after the last checkpoint in it.
     options, compared = recorded_options(args, global_batch, last_step, content)
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
-    columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
+    extras = [name for name in ("clip_constraint", "anchor") if getattr(args, name)]
+    columns = [*COLUMNS, *names, *extras, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     record, first_step = Record(output, columns, writes=is_main), 0
     checkpoints.keep_weights_out_of_state(accelerator)
     if args.resume:
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
+        if ema:
+            ema.to(device)
         last_step = max(first_step, last_step)
         record.resume(options, compared if is_main else [], first_step)  # only the main process knows the contents
         options["tracker run"] = read_options(output)["tracker run"]
@@ -160,8 +178,8 @@ def set_up(args, functions):
     scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
-        args, accelerator, output, prompts, held_out, sample, latent_shape(model), partial(count_cut, model.tokenizer),
-        rewards, monitors, trained, optimizer, factor, record, say,
+        args, accelerator, output, prompts, held_out, sample, latent_shape(model),
+        networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
     )  # fmt: skip
     return run, first_step, last_step
 
@@ -219,11 +237,13 @@ class Run(NamedTuple):
     held_out: list[str]
     sample: Callable  # make_images, given everything but prompts, noise and the number of tuned steps
     shape: tuple[int, int, int]  # of one image's latents
-    count_cut: Callable  # prompts -> how many are too long for the text encoder
+    networks: Networks
     rewards: RewardSum
     monitors: list
+    constraint: ClipConstraint | None
     trained: list[Trained]
     optimizer: torch.optim.Optimizer
+    ema: EMAModel | None  # moving average of the trained weights
     factor: Callable  # step -> factor on the learning rates
     record: Record
     say: Callable  # print a line above the progress bar, on the main process
@@ -231,6 +251,19 @@ class Run(NamedTuple):
     @property
     def names(self):
         return [reward.name for reward in self.rewards.rewards]
+
+    @contextmanager
+    def averaged(self):
+        """The trained networks have the weights' moving average inside, if there is one."""
+        weights = optimizer_parameters(self.optimizer)
+        if self.ema:
+            self.ema.store(weights)
+            self.ema.copy_to(weights)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(weights)
 
     @property
     def global_batch(self):
@@ -256,14 +289,17 @@ def train_step(run, step, check_stop):
         with ExitStack() as local:
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients once, after the last
                 local.enter_context(accelerator.no_sync(part.network))
-            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, **recompute)
-            total, scores = run.rewards(images, prompts)
-            if not total.requires_grad:
+            conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
+            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, conditions=conditions, **recompute)
+            objective, scores = training_objective(
+                args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
+            )
+            if not objective.requires_grad:
                 raise UserError("no reward in use is differentiable in the images: there is nothing to learn from")
-            accelerator.backward(-total.mean() / accumulation)
-        cut += run.count_cut(prompts)
-        parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in run.names)]))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            accelerator.backward(-objective.mean() / accumulation)
+        cut += count_cut(run.networks.tokenizer, prompts)
+        parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
+    parameters = optimizer_parameters(optimizer)
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
     # Average over all processes, so that all of them make the same decision.
@@ -274,6 +310,8 @@ def train_step(run, step, check_stop):
         group["lr"] = part.learning_rate * run.factor(step)
     if not skip:
         optimizer.step()
+        if run.ema:
+            run.ema.step(parameters)
     elif accelerator.scaler:
         accelerator.scaler.update()
     optimizer.zero_grad()
@@ -282,13 +320,21 @@ def train_step(run, step, check_stop):
     row = {"step": step, "epoch": step * images / len(run.prompts), "lr": optimizer.param_groups[0]["lr"]}
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
-    return row | dict(zip(["total", *run.names], means, strict=True))
+    return row | dict(zip(["total", *scores], means, strict=True))
 
 
 def save(run, step):
-    """Write a checkpoint: the weights, and all that continuing after `step` needs."""
+    """Write a checkpoint: the weights, their moving average if there is one, and what a resumed run needs."""
     epoch = max(0, step * run.global_batch - 1) // len(run.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
+    if run.ema:
+        with run.averaged():
+            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
+
+
+def optimizer_parameters(optimizer):
+    """The weights in training, in one order for clipping and averaging."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every, step, last_step):

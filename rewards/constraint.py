@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards import aesthetic
-from rewards.base import Reward, normalize
+from rewards.base import Reward, at_least_fp32, normalize
 from rewards.towers import find_tower, load_open_clip, missing_tower
 from textcraftor.downloads import command
 from textcraftor.errors import UserError
@@ -23,9 +23,10 @@ class ClipConstraint(Reward):
     scale = 100.0
     reads_prompts = False
 
-    def __init__(self, clip: Reward):
+    def __init__(self, clip: Reward, dtype: torch.dtype):
         super().__init__()
-        self.tower, self.projection = clip.visual, nn.Parameter(clip.tower.text_projection.detach().float())
+        self.tower = clip.visual
+        self.projection = nn.Parameter(clip.tower.text_projection.detach().to(dtype))
         self.mean, self.std, self.image_size = clip.mean, clip.std, clip.image_size
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -38,22 +39,25 @@ class ClipConstraint(Reward):
             return (image_features * texts.to(image_features)).sum(dim=-1)
 
 
-def missing(root: Path) -> list[str]:
-    """One line for each file that is not there."""
-    return missing_tower(root / "aesthetic" / "clip", *aesthetic.TOWER, command("aesthetic", root))
+def check_constraint(root: Path | str) -> None:
+    """Raise UserError if the weights of the CLIP are missing below `root`."""
+    folder = Path(root) / "aesthetic" / "clip"
+    if lines := missing_tower(folder, *aesthetic.TOWER, command("aesthetic", Path(root))):
+        raise UserError("\n  ".join(["--clip_constraint: weights are missing:", *lines]))
 
 
-def load(root: Path, text_encoder: nn.Module, device: torch.device | str, dtype: torch.dtype) -> ClipConstraint:
+def load_constraint(
+    root: Path, text_encoder: nn.Module, device: torch.device | str, dtype: torch.dtype
+) -> ClipConstraint:
     """The constraint for `text_encoder`, a CLIPTextModel that has not been tuned.
 
     Raises UserError if files are missing or do not fit, or if the text encoder was never this CLIP's text tower.
     """
-    if lines := missing(root):
-        raise UserError("\n  ".join(["--clip_constraint: weights are missing:", *lines]))
+    check_constraint(root)
     architecture, weights = find_tower(root / "aesthetic" / "clip", *aesthetic.TOWER)
     clip = load_open_clip("clip", 1.0, architecture, weights)
     check_same_tower(clip.tower, text_encoder, weights)
-    return ClipConstraint(clip).frozen(device, dtype)
+    return ClipConstraint(clip, at_least_fp32(dtype)).frozen(device, dtype)
 
 
 def check_same_tower(clip: nn.Module, text_encoder: nn.Module, weights: Path) -> None:

@@ -23,7 +23,7 @@ def test_constraint_is_the_clip_cosine_with_gradient_to_image_and_text_encoder()
     """Before any tuning it is the plain CLIP score of the model that the text encoder came from."""
     model = load_model(str(MINIATURE / "stable-diffusion"))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    term = constraint.load(MINIATURE, model.text_encoder, "cpu", torch.float32)
+    term = constraint.load_constraint(MINIATURE, model.text_encoder, "cpu", torch.float32)
     encoder = model.text_encoder.requires_grad_()
     tokens = model.tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     hidden = encode_prompts(model.tokenizer, encoder, PROMPTS)["encoder_hidden_states"]
@@ -40,7 +40,7 @@ def test_constraint_is_the_clip_cosine_with_gradient_to_image_and_text_encoder()
 
 def test_constraint_shares_the_aesthetic_rewards_tower():
     model = load_model(str(MINIATURE / "stable-diffusion"))
-    term = constraint.load(MINIATURE, model.text_encoder, "cpu", torch.float32)
+    term = constraint.load_constraint(MINIATURE, model.text_encoder, "cpu", torch.float32)
     summed = RewardSum([(rewards.load_reward("aesthetic", MINIATURE, "cpu"), 1.0)])
     share_towers([*summed.rewards, term])
     calls, features = [], {}
@@ -54,9 +54,9 @@ def test_constraint_shares_the_aesthetic_rewards_tower():
 def test_constraint_refuses_another_models_text_encoder(tmp_path):
     model = load_model(str(make_stable_diffusion(tmp_path / "model")))
     with pytest.raises(UserError, match="is not the text tower of .*another token embedding"):
-        constraint.load(make_rewards(tmp_path / "rewards"), model.text_encoder, "cpu", torch.float32)
+        constraint.load_constraint(make_rewards(tmp_path / "rewards"), model.text_encoder, "cpu", torch.float32)
     with pytest.raises(UserError, match="weights are missing"):
-        constraint.load(tmp_path, model.text_encoder, "cpu", torch.float32)
+        constraint.load_constraint(tmp_path, model.text_encoder, "cpu", torch.float32)
 
 
 def test_weakened_text_direction_changes_the_total_and_not_the_scores(tmp_path):

@@ -1,15 +1,48 @@
-"""What training maximises beside the rewards themselves, and what keeps the rewards from being gamed.
+"""What one training step maximises: the weighted rewards, and terms that keep them from being gamed.
 
-Each of these is off by default and is one short function of tensors; train_textcraftor.train_step puts them together.
+All such terms are off by default. Each is one short function of tensors; `training_objective` puts them together.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewards.base import at_least_fp32
 from textcraftor.embeddings import Conditions
 
 EMBEDDINGS = "encoder_hidden_states"  # the prompts' token embeddings among Conditions
+
+
+def training_objective(args, rewards, constraint, tokenizer, images, prompts, conditions):
+    """The objective (B,), with gradient, of images (B, 3, H, W) in [0, 1] -> (objective, {name: score (B,)}, detached).
+
+    args: options smooth, shared_text, anchor and clip_constraint; rewards: a RewardSum; constraint: a ClipConstraint if
+    clip_constraint is not 0; conditions: of embed_prompts for these prompts. The scores are those of the rewards, of
+    the images as they are, then "clip_constraint" and "anchor" where these are in use.
+    """
+    features, seen = {}, images
+    if args.smooth:
+        at = images.detach().requires_grad_()
+        objective, scores = rewards(at, prompts, shared_text=args.shared_text)
+        if objective.requires_grad:
+            (gradient,) = torch.autograd.grad(objective.sum(), at)
+            seen = move_against(gradient, images, args.smooth)
+            objective, _ = rewards(seen, prompts, features, args.shared_text)
+    else:
+        objective, scores = rewards(images, prompts, features, args.shared_text)
+    if args.clip_constraint:
+        if constraint.visual not in features:
+            features[constraint.visual] = constraint.image_features(seen)
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        pooled = pooled_embeddings(tokens, conditions[1][EMBEDDINGS].chunk(2)[1], tokenizer.eos_token_id)
+        cosine = constraint.score(features[constraint.visual], pooled)
+        objective = objective + args.clip_constraint * constraint.scale * cosine
+        scores["clip_constraint"] = cosine.detach()
+    if args.anchor:
+        distance = anchor_distance(*conditions)
+        objective = objective - args.anchor * distance
+        scores["anchor"] = distance.detach().expand(len(images))
+    return objective, scores
 
 
 def anchor_distance(original: Conditions, tuned: Conditions) -> Tensor:
@@ -19,7 +52,8 @@ def anchor_distance(original: Conditions, tuned: Conditions) -> Tensor:
     tokens, padding included (the UNet attends to it, too), and over the B prompts. Gradient flows to `tuned` alone.
     Source: the regulariser of TextBoost, there with weight 0.1.
     """
-    before, after = (conditions[EMBEDDINGS].chunk(2)[1].float() for conditions in (original, tuned))
+    before, after = (conditions[EMBEDDINGS].chunk(2)[1] for conditions in (original, tuned))
+    before, after = (rows.to(at_least_fp32(rows.dtype)) for rows in (before, after))
     return 1 - F.cosine_similarity(before.detach(), after, dim=-1).mean()
 
 
@@ -39,7 +73,7 @@ def move_against(gradient: Tensor, images: Tensor, rho: float) -> Tensor:
     had been moved by a constant. Source: RSA-FT (arXiv 2603.21175), which takes the reward's gradient at the image that
     is worst near the one generated: a maximum so sharp that no neighbour shares it attracts nothing.
     """
-    rms = gradient.float().pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    rms = gradient.to(at_least_fp32(gradient.dtype)).pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
     shift = rho * gradient / rms.clamp_min(torch.finfo(torch.float32).tiny).to(gradient)
     return (images - shift.detach()).clamp(0, 1)
 

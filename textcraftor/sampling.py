@@ -32,16 +32,17 @@ NOISE_SCHEDULE = (
 
 def make_images(
     networks, scheduler, prompts, noise, *, tuned_steps, guidance, weighting=1.0, checkpoint=False,
-    vae_checkpointing=False, generators=None,
+    vae_checkpointing=False, generators=None, conditions=None,
 ):  # fmt: skip
     """B prompts and their noise z_T (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains.
 
     networks: a models.Networks; scheduler: of make_scheduler; the last `tuned_steps` steps are driven by weighting *
     tuned + (1 - weighting) * original text embeddings, those before by the original ones. checkpoint,
     vae_checkpointing: recompute activations in the backward pass, of the tuned steps and of the VAE. generators: one an
-    image, for schedulers that add noise in each step.
+    image, for schedulers that add noise in each step. conditions: what embed_prompts returned for these prompts, from a
+    caller that needs it, too.
     """
-    original, tuned = embed_prompts(networks, prompts, weighting)
+    original, tuned = conditions or embed_prompts(networks, prompts, weighting)
     predict = partial(predict_noise, networks.unet, guidance)
     z = noise.to(networks.device) * scheduler.init_noise_sigma
     z = sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint, generators)

@@ -25,6 +25,12 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     *((f"--{name}", weight, comment) for name, (weight, comment) in REWARDS.items()),
     ("--reward",           [],                        "your own reward: path/to/file.py:function=weight (repeatable)"),
     ("--monitor",          [],                        "scores to watch, never trained on: names or file.py:function"),
+    # Against gaming the rewards; all off by default.
+    ("--clip_constraint",  0.0,                       "weight of 100 cos(image, embedding of the encoder in training)"),
+    ("--anchor",           0.0,                       "weight of 1 - cos(tuned, original prompt embeddings); try 0.1"),
+    ("--shared_text",      1.0,                       "weight of the text direction all prompts share; try 0.3"),
+    ("--smooth",           0.0,                       "move images against the reward's gradient first; RMS, try 0.01"),
+    ("--ema",              0.0,                       "decay of a moving average of the trained weights; try 0.995"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
@@ -96,8 +102,14 @@ def check_options(args):
     require(args, {
         "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
-        "guidance prompt_weighting sample_every val_every save_every": 0,
+        "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
+    if args.ema >= 1:
+        raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
+    if args.anchor and not args.lr_text:
+        raise UserError(
+            f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so it cannot drift; leave one out"
+        )
     if not args.grad_steps <= args.step <= 1000:
         raise UserError(
             f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the steps "

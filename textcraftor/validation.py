@@ -27,15 +27,16 @@ def look(run, step, count, check_stop):
         noise = validation_noise(indices, run.shape)
         return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
 
-    held_out = run.held_out[:count]
-    scores, images = validate(
-        run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
-    )
-    is_main = run.accelerator.is_main_process
+    held_out, is_main = run.held_out[:count], run.accelerator.is_main_process
+    with run.averaged():
+        scores, images = validate(
+            run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
+        )
     if count == len(run.held_out) and "val_total" not in run.record.rows[-1]:
         means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
         if means["val_total"] > run.record.best("val_total"):
-            save_weights(run.accelerator, run.trained, run.output, "_best")
+            with run.averaged():
+                save_weights(run.accelerator, run.trained, run.output, "_best")
         if is_main and step == 0:
             save_look(scores, images, run.output / "resume" / "before.safetensors")
         run.record.amend(means)
@@ -103,5 +104,6 @@ def show_results(run, last_step, after):
     skipped, cut = (sum(row.get(name, 0) for row in run.record.rows) for name in ("skipped", "cut"))
     print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut to the length that the text encoder reads")
     weights = [f"{part.name}.safetensors" for part in run.trained]
+    weights += [f"{part.name}_ema.safetensors" for part in run.trained if run.ema]
     for name in (*weights, "before_after.png", "curves.png", "metrics.csv"):
         print(run.output / name)
