@@ -54,7 +54,7 @@ from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.prompts import check_prompts, describe, write_bad_rows
 from textcraftor.run_folder import Record, read_options
-from textcraftor.sampling import make_images, make_scheduler
+from textcraftor.sampling import make_images, make_scheduler, training_sampler
 from textcraftor.stream import batch_numbers, share_prompts, training_batch
 from textcraftor.trackers import start_trackers
 from textcraftor.validation import PICTURES, look, show_results
@@ -281,6 +281,7 @@ def train_step(run, step, check_stop):
     process, processes = accelerator.process_index, accelerator.num_processes
     accumulation = args.gradient_accumulation_steps
     recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
+    sampler, tuned_steps = training_sampler(args.gradient, args.grad_range, args.driven, args.seed, step)
     parts, cut = [], 0
     for number in range(accumulation):
         check_stop()
@@ -290,7 +291,9 @@ def train_step(run, step, check_stop):
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients once, after the last
                 local.enter_context(accelerator.no_sync(part.network))
             conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
-            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, conditions=conditions, **recompute)
+            images = run.sample(
+                prompts, noise, conditions=conditions, sampler=sampler, tuned_steps=tuned_steps, **recompute
+            )
             objective, scores = training_objective(
                 args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
             )

@@ -39,7 +39,9 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
     ("--step",             25,                        "T, number of DDIM steps"),
-    ("--grad_steps",       5,                         "K, last steps, with the tuned text encoder and gradient"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "through the last K steps; K of the driven; or 1 of them"),
+    ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn anew for each update"),
+    ("--driven",           15,                        "drtune, refl: last steps that the tuned text encoder drives"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     # Batches and duration.
@@ -97,10 +99,22 @@ def parse_options(argv=None):
     return args
 
 
+def read_range(name, text):
+    """ "5" -> (5, 5), "1-5" -> (1, 5); UserError for anything else."""
+    low, _, high = text.partition("-")
+    try:
+        low, high = int(low), int(high or low)
+    except ValueError:
+        low = 0
+    if not 1 <= low <= high:
+        raise UserError(f"--{name} {text}: expected a number of at least 1, or a range such as 1-5")
+    return low, high
+
+
 def check_options(args):
     """Raise UserError, one line, for options that make no sense together or cannot work."""
     require(args, {
-        "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
+        "step driven batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
         "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
@@ -110,10 +124,15 @@ def check_options(args):
         raise UserError(
             f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so it cannot drift; leave one out"
         )
-    if not args.grad_steps <= args.step <= 1000:
+    args.grad_range = read_range("grad_steps", str(args.grad_steps))
+    if args.gradient == "refl" and args.grad_range != (1, 1):
+        raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
+    name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)
+    if not args.grad_range[1] <= among <= args.step <= 1000:
+        driven = "" if name == "step" else f" --driven {args.driven}"
         raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the steps "
-            "with gradient are the last of all steps"
+            f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
+            f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; give one of them a limit")
@@ -129,7 +148,7 @@ def recorded_options(args, global_batch, last_step, content):
 
     global_batch: images per step; content: see hashes.run_content. "tracker run" is the tracker's id of a new run.
     """
-    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored")}
+    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored", "grad_range")}
     options["reward weights"] = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
     options |= {"images per step": global_batch, "content": content}
     if args.lr_scheduler != "constant_with_warmup":
