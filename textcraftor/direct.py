@@ -2,13 +2,12 @@
 
 Cheap: one evaluation of the UNet instead of T. But one prediction from much noise is a blurred mean of all images that
 the caption allows, and its gradient is large: an error of the predicted noise is multiplied by σ_t / α_t, which is 0.03
-at t = 0, 1 at t = 345 and 15 at t = 999 with Stable Diffusion's noise. The paper draws t from all of 0 ... 999, and so
+at t = 0, 1 at t = 354 and 15 at t = 999 with Stable Diffusion's noise. The paper draws t from all of 0 ... 999, and so
 does the default here; a smaller t_max gives rewards sharper images to score.
 """
 
 from functools import partial
 
-import torch
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from textcraftor.embeddings import embed_prompts

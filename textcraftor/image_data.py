@@ -42,8 +42,8 @@ def share_pictures(
 
     Returns (pictures, held-out prompts, lines for the user, what is left out as (name, reason)). Every process must
     call this. The others wait for as long as encoding takes, however long, without a collective operation, since these
-    time out after minutes. Raises the same UserError in every process of a node if something cannot be used, and in
-    all processes if two nodes have different pictures.
+    time out after minutes; nodes still wait for each other at the end. Raises the same UserError in every process if
+    something cannot be used on one node, or if two nodes have different pictures.
     """
     reads = accelerator.is_local_main_process
     with TemporaryDirectory(prefix="textcraftor-", ignore_cleanup_errors=True) if reads else nullcontext() as mine:
@@ -61,10 +61,11 @@ def share_pictures(
         if "content" in answer:
             latents = Latents(answer["files"], np.load(folder / "places.npy", mmap_mode="r"))
             pictures = Pictures(PromptFile(folder / "captions"), latents, answer["content"])
-        contents = gather_object([answer.get("content")])  # also waits until all have mapped the files
-    if "problem" in answer:
-        raise UserError(answer["problem"])
-    if len(set(contents)) > 1:
+        # Also waits until all have mapped the files.
+        outcomes = gather_object([(answer.get("problem"), answer.get("content"))])
+    if problem := next((problem for problem, _ in outcomes if problem), None):
+        raise UserError(problem)
+    if len({content for _, content in outcomes}) > 1:
         raise UserError(f"{path}: the nodes read different pictures from it; give every node the same files")
     return pictures, answer["held out"], answer["lines"], [tuple(pair) for pair in answer["skipped"]]
 

@@ -71,8 +71,8 @@ def read_pairs(path: Path | str) -> tuple[list[Pair], list[tuple[str, str]]]:
     A folder holds, in itself or in folders below it, either
     - pictures and metadata.jsonl, metadata.csv or metadata.parquet, whose file names are relative to its own folder
       (the image-folder convention of the `datasets` library), or
-    - parquet files with pictures inside, as `datasets` writes them or as plain bytes, or
-    - pictures and a text file of the same name beside each.
+    - pictures and a text file of the same name beside each, or
+    - parquet files with pictures inside, as `datasets` writes them or as plain bytes.
     A file is one such table. Captions are in the column that prompt_columns.choose_column picks. A picture is left out
     if it has no caption or the metadata names it but it does not exist. Broken pictures show when they are decoded.
 
@@ -138,11 +138,19 @@ def _pairs(path, skipped):
         listed.update(os.path.normpath(name) for name, _ in skipped)
         pictures = (str(file) for file in files if file.suffix.lower() in PICTURES)
         skipped += [(file, "no caption") for file in pictures if os.path.normpath(file) not in listed]
-    elif tables := [file for file in files if file.suffix.lower() == ".parquet"]:
+        return
+    captions = {}
+    for file in files:
+        if file.suffix.lower() in CAPTIONS:
+            captions.setdefault(file.with_suffix(""), file)
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    # img2dataset writes name pairs, and beside them parquet files that only list where the pictures came from.
+    if tables and not any(file.with_suffix("") in captions for file in pictures):
         for table in tables:
             yield from _table(table, skipped)
     else:
-        yield from _named_alike(files, skipped)
+        yield from _named_alike(pictures, captions, skipped)
 
 
 def _files(folder):
@@ -157,14 +165,9 @@ def _files(folder):
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _named_alike(files, skipped):
-    captions = {}
-    for file in files:
-        if file.suffix.lower() in CAPTIONS:
-            captions.setdefault(file.with_suffix(""), file)
-    for file in files:
-        if file.suffix.lower() not in PICTURES:
-            continue
+def _named_alike(pictures, captions, skipped):
+    """captions: {path without suffix: text file}."""
+    for file in pictures:
         text = captions.get(file.with_suffix(""))
         try:
             with open_utf8(text) if text else io.BytesIO() as opened:

@@ -101,13 +101,14 @@ def encode_pictures(vae, pairs: list[Pair], height: int, width: int, progress: b
         if digest and digest not in seen:
             seen.add(digest)
             missing.append((pair, digest))
-    new = 0
+    new, broken = 0, {}
     if missing:
         _check_room(folder, vae, len(missing), height, width)
         with tqdm(total=len(missing), desc="encoding pictures", disable=not progress, dynamic_ncols=True) as bar:
-            for file, encoded in _encode(vae, folder, missing, height, width, skipped, bar):
+            for file, encoded in _encode(vae, folder, missing, height, width, broken, bar):
                 places |= {digest: (file, row) for row, digest in enumerate(encoded)}
                 new += len(encoded)
+    skipped += [(pair.name, broken[digest]) for pair, digest in zip(pairs, digests, strict=True) if digest in broken]
     kept = [number for number, digest in enumerate(digests) if digest in places]
     files = sorted({file for file, _ in places.values()})
     numbers = {file: number for number, file in enumerate(files)}
@@ -171,13 +172,13 @@ def _check_room(folder, vae, count, height, width):
     size = 2 * 2 * vae.config.latent_channels * (height // factor) * (width // factor)  # mean and std, two bytes each
     if (free := free_bytes(folder)) < count * size + MARGIN:
         raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB free, and the latents of {count} pictures need {count * size / 1e9:.2f} GB; "
+            f"{folder}: {free / 1e9:.2f} GB free, the latents of {count} pictures need {count * size / 1e9:.2f} GB; "
             "free some space, or put the cache on another disk with the variable TEXTCRAFTOR_CACHE"
         )
 
 
-def _encode(vae, folder, missing, height, width, skipped, bar):
-    """Encode pictures and write shards -> yields (shard, its sha256s)."""
+def _encode(vae, folder, missing, height, width, broken, bar):
+    """Encode pictures and write shards -> yields (shard, its sha256s). broken: gets {sha256: reason}."""
 
     def decode(read):
         try:
@@ -188,14 +189,14 @@ def _encode(vae, folder, missing, height, width, skipped, bar):
     decoded = zip(missing, in_threads(decode, open_pictures([pair for pair, _ in missing])), strict=True)
     while chunk := list(islice(decoded, SHARD)):
         good = [(pair, digest, pixels) for (pair, digest), pixels in chunk if isinstance(pixels, np.ndarray)]
-        skipped += [(pair.name, _reason(bad)) for (pair, _), bad in chunk if not isinstance(bad, np.ndarray)]
+        broken |= {digest: _reason(bad) for (_, digest), bad in chunk if not isinstance(bad, np.ndarray)}
         means, stds = [], []
         for start in range(0, len(good), BATCH):
             batch = good[start : start + BATCH]
             for found, kept in zip(
                 posterior(vae, np.stack([pixels for *_, pixels in batch])), (means, stds), strict=True
             ):
-                kept.append(found.to(torch.float16).cpu().numpy())
+                kept.append(found.to("cpu", torch.float16).contiguous().numpy())
             if not np.isfinite(means[-1]).all() or not np.isfinite(stds[-1]).all():
                 names = ", ".join(pair.name for pair, *_ in batch)
                 raise UserError(f"the VAE's latents are not finite, or too large for fp16, for one of {names}")
