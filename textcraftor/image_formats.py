@@ -8,7 +8,7 @@ import io
 import os
 import re
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
@@ -87,12 +87,12 @@ def read_pairs(path: Path | str) -> tuple[list[Pair], list[tuple[str, str]]]:
 
 def nothing_usable(path: Path | str, skipped: list[tuple[str, str]]) -> str:
     """What to tell the user if no picture is left."""
-    return f"{path}: no picture with a caption in it{_count(skipped, ': ')}; {EXPECTED}"
+    return f"{path}: no usable picture with a caption in it{f' ({_count(skipped)})' if skipped else ''}; {EXPECTED}"
 
 
 def describe_skipped(path: Path | str, skipped: list[tuple[str, str]]) -> str:
     """One line for the user: how many pictures are left out, why, and which is the first."""
-    return f"{path}: left out {_count(skipped) or 'no picture'}"
+    return f"{path}: left out {len(skipped)} pictures: {_count(skipped)}"
 
 
 def write_skipped(skipped: list[tuple[str, str]], path: Path) -> None:
@@ -103,16 +103,10 @@ def write_skipped(skipped: list[tuple[str, str]], path: Path) -> None:
             unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _count(skipped, before=""):
-    if not skipped:
-        return ""
-    kinds = {}
-    for _, reason in skipped:
-        kind = reason.partition(":")[0]
-        kinds[kind] = kinds.get(kind, 0) + 1
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+def _count(skipped):
+    counts = Counter(reason.partition(":")[0] for _, reason in skipped)
     name, reason = skipped[0]
-    return f"{before}{len(skipped)} pictures or rows ({counts}), the first {name} ({reason})"
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items()) + f"; the first is {name} ({reason})"
 
 
 def _pairs(path, skipped):
