@@ -222,6 +222,7 @@ def test_every_mode_becomes_upright_rgb_of_the_models_size():
 
 
 def test_latents_are_those_of_the_vae(tmp_path, vae):
+    assert latent_cache.picture_size(vae, (4, 8, 12)) == (64, 96)
     save(tmp_path / "in", a="a cat", b="a dog", c="an owl", d="twice")
     shutil.copy(tmp_path / "in" / "a.png", tmp_path / "in" / "d.png")
     (tmp_path / "in" / "b.png").write_bytes(encoded(picture(1))[:300])

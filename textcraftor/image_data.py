@@ -102,8 +102,8 @@ def _prepare(path, val_path, val_count, vae, size, folder):
     lines = [describe_skipped(path, skipped)] if skipped else []
     lines += [
         f"{path}: {len(training)} pictures with captions to train on, {len(held_out)} prompts held out.",
-        f"latents in {encoded.folder} ({encoded.bytes / 1e6:.0f} MB): {encoded.new} pictures encoded now, the others "
-        "before",
+        f"latents in {encoded.folder} ({encoded.bytes / 1e6:.1f} MB): {encoded.new} pictures encoded now, the rest "
+        "reused.",
     ]
     answer = {"files": encoded.files, "content": content.hexdigest(), "held out": held_out}
     return answer | {"lines": lines, "skipped": skipped}

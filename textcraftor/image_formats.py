@@ -92,7 +92,7 @@ def nothing_usable(path: Path | str, skipped: list[tuple[str, str]]) -> str:
 
 def describe_skipped(path: Path | str, skipped: list[tuple[str, str]]) -> str:
     """One line for the user: how many pictures are left out, why, and which is the first."""
-    return f"{path}: left out {len(skipped)} pictures: {_count(skipped)}"
+    return f"{path}: left out: {_count(skipped)}"
 
 
 def write_skipped(skipped: list[tuple[str, str]], path: Path) -> None:
@@ -149,8 +149,12 @@ def _pairs(path, skipped):
 
 def _files(folder):
     """All files below a folder, ordered by name, also behind links; hidden ones and those of macOS are left out."""
+
+    def refuse(problem):
+        raise UserError(f"{problem.filename}: cannot be read ({problem.strerror})") from problem
+
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(parent)) in seen:  # a link to a folder that contains it
             folders.clear()
             continue

@@ -72,6 +72,15 @@ class Latents(Sequence):
         return tuple(file.get_slice(name)[row].float() for name in ("mean", "std"))
 
 
+def picture_size(vae: torch.nn.Module, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of the pictures whose latents have `shape` (C, h, w)."""
+    return shape[1] * _scale(vae), shape[2] * _scale(vae)
+
+
+def _scale(vae):
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def cache_root() -> Path:
     """The folder of TextCraftor's caches."""
     if folder := os.environ.get("TEXTCRAFTOR_CACHE"):
@@ -168,8 +177,7 @@ def _checksum(tensors):
 
 
 def _check_room(folder, vae, count, height, width):
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    size = 2 * 2 * vae.config.latent_channels * (height // factor) * (width // factor)  # mean and std, two bytes each
+    size = 2 * 2 * vae.config.latent_channels * (height // _scale(vae)) * (width // _scale(vae))  # two fp16 each
     if (free := free_bytes(folder)) < count * size + MARGIN:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, the latents of {count} pictures need {count * size / 1e9:.2f} GB; "
