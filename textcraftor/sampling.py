@@ -54,8 +54,10 @@ def make_images(
 def predict_noise(unet, guidance, z, t, conditions):
     """Classifier-free guidance: z_t (B, C, h, w), conditions of 2B rows, unconditional ones first -> (B, C, h, w).
 
-    The UNet computes in the type its weights have, guidance in that of z.
+    t: one time step for all, or (B,). The UNet computes in the type its weights have, guidance in that of z.
     """
+    t = torch.as_tensor(t)
+    t = torch.cat([t, t]) if t.ndim else t
     dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
     conditions = {name: value.to(dtype) for name, value in conditions.items()}
     prediction = unet(torch.cat([z, z]).to(dtype), t, **conditions).sample.to(z.dtype)
