@@ -18,7 +18,7 @@ import copy
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import takewhile
@@ -35,33 +35,34 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from rewards import REWARDS, check_files, load_reward
-from rewards.base import Reward, share_towers
-from rewards.constraint import ClipConstraint, check_constraint, load_constraint
+from rewards import REWARDS, check_files
+from rewards.constraint import ClipConstraint, check_constraint
 from rewards.own import load_function
 from rewards.sum import RewardSum
+from rewards.training import load_rewards
 from textcraftor import checkpoints
 from textcraftor.checkpoints import Trained
+from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_data
+from textcraftor.direct import make_direct_images
 from textcraftor.embeddings import count_cut, embed_prompts
 from textcraftor.hashes import run_content
 from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
 from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
-from textcraftor.prompts import check_prompts, describe, write_bad_rows
 from textcraftor.run_folder import Record, read_options
 from textcraftor.sampling import make_images, make_scheduler, training_sampler
-from textcraftor.stream import batch_numbers, share_prompts, training_batch
+from textcraftor.stream import batch_numbers
 from textcraftor.trackers import start_trackers
 from textcraftor.validation import PICTURES, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
 WINDOW = 20  # steps that the progress line averages
-SHARED_PROMPTS = 1000  # training prompts from which --shared_text finds the direction that they share
 MOST_SKIPS = 10  # updates skipped in a row that end the run; fp16's loss scale, halved by each, is 1 by then
 
 
@@ -79,8 +80,7 @@ def main(argv=None):
 def check_inputs(args):
     """Report all missing or unusable files at once, before any model is loaded -> {user's own reward: function}."""
     specs = [*args.weighted, *args.monitored]
-    checks = [(check_model, args.model), (check_prompts, args.prompts)]
-    checks += [(check_prompts, args.val_prompts)] if args.val_prompts else []
+    checks = [(check_model, args.model), *data_checks(args)]
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
     checks += [(check_constraint, args.weights)] if args.clip_constraint else []
     check_all([*checks, (check_files, [spec for spec in specs if spec in REWARDS], args.weights)])
@@ -97,17 +97,11 @@ def set_up(args, functions):
     low_precision = PRECISIONS[args.mixed_precision]
     set_seed(args.seed % 2**32)  # for users' own rewards; prompts and noise have generators of their own
 
-    # Prompts.
-    prompts, held_out, reports = share_prompts(accelerator, args.prompts, args.val_prompts, args.val_count)
-    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
-    for path, report in reports.items():
-        say(describe(path, report))
-    say(f"{len(prompts)} prompts to train on, {len(held_out)} held out.")
-    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
-
-    # Networks. Frozen ones are cast to low precision; trained ones keep fp32 weights and compute under autocast.
+    # Data and networks. Frozen networks are cast to low precision; trained ones keep fp32 and compute under autocast.
+    data = read_prompt_data(accelerator, args) if args.method == "prompts" else None  # mistakes show before models load
     model = load_model(args.model)
+    model.vae.to(device)
+    data = data or read_picture_data(accelerator, args, model)
     text_encoder = copy.deepcopy(model.text_encoder) if args.lr_text or args.text_path else model.text_encoder
     if args.text_path:
         load_text_encoder(text_encoder, args.text_path)
@@ -118,20 +112,15 @@ def set_up(args, functions):
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # one compiled block serves all widths and resolutions
         model.unet.compile_repeated_blocks()
+    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
+    say("\n".join(data.lines))
+    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
 
-    # Rewards and monitors.
-    def load(spec):
-        return functions.get(spec) or load_reward(spec, args.weights, device, low_precision)
-
-    rewards = RewardSum([(load(spec), weight) for spec, weight in args.weighted.items()])
-    monitors = [load(spec) for spec in args.monitored]
-    constraint = None
-    if args.clip_constraint:
-        constraint = load_constraint(Path(args.weights), model.text_encoder, device, low_precision)
-        share_towers([reward for reward in (*rewards.rewards, constraint) if isinstance(reward, Reward)])
-    if args.shared_text != 1:
-        rewards.find_shared(prompts[:SHARED_PROMPTS])
-    content = run_content(model, text_encoder, prompts, held_out, rewards.rewards, functions) if is_main else {}
+    rewards, monitors, constraint = load_rewards(
+        args, functions, data.prompts, model.text_encoder, device, low_precision
+    )
+    content = data.content | run_content(model, text_encoder, rewards.rewards, functions) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
     trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
@@ -172,13 +161,13 @@ def set_up(args, functions):
         record.start(options)
         record.add({"step": 0})
     if is_main:
-        write_bad_rows(reports, output / "bad_rows.txt")
+        data.write_skipped(output)
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
     scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
-        args, accelerator, output, prompts, held_out, sample, latent_shape(model),
+        args, accelerator, output, data, sample, scheduler, latent_shape(model),
         networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
     )  # fmt: skip
     return run, first_step, last_step
@@ -196,7 +185,7 @@ def train(run, first_step, last_step):
         check_stop = partial(raise_if_stopped, run.accelerator, received)
         try:
             if "val_total" not in record.rows[-1] and is_due(args.val_every, done, last_step):
-                after = look(run, done, len(run.held_out), check_stop)
+                after = look(run, done, len(run.data.held_out), check_stop)
             for step in range(first_step + 1, last_step + 1):
                 record.add(train_step(run, step, check_stop))
                 done = step
@@ -204,9 +193,9 @@ def train(run, first_step, last_step):
                 bar.set_postfix_str(record.line(["total", *run.names], WINDOW))
                 check_stop()
                 if is_due(args.val_every, step, last_step):
-                    after = look(run, step, len(run.held_out), check_stop)
+                    after = look(run, step, len(run.data.held_out), check_stop)
                 elif args.sample_every and step % args.sample_every == 0:
-                    look(run, step, min(PICTURES, len(run.held_out)), check_stop)
+                    look(run, step, min(PICTURES, len(run.data.held_out)), check_stop)
                 run.accelerator.log(record.rows[-1], step=step)
                 skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
                 if skips:
@@ -224,7 +213,7 @@ def train(run, first_step, last_step):
             save(run, done)
             say(f"stopped after step {done}, all saved; continue with the same command and --resume")
             return None
-    return after or look(run, last_step, len(run.held_out), lambda: None)
+    return after or look(run, last_step, len(run.data.held_out), lambda: None)
 
 
 class Run(NamedTuple):
@@ -233,9 +222,9 @@ class Run(NamedTuple):
     args: Namespace
     accelerator: Accelerator
     output: Path
-    prompts: Sequence[str]
-    held_out: list[str]
+    data: Data
     sample: Callable  # make_images, given everything but prompts, noise and the number of tuned steps
+    scheduler: DDIMScheduler
     shape: tuple[int, int, int]  # of one image's latents
     networks: Networks
     rewards: RewardSum
@@ -281,19 +270,21 @@ def train_step(run, step, check_stop):
     process, processes = accelerator.process_index, accelerator.num_processes
     accumulation = args.gradient_accumulation_steps
     recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
-    sampler, tuned_steps = training_sampler(args.gradient, args.grad_range, args.driven, args.seed, step)
+    if args.method == "direct":
+        sample = partial(make_direct_images, run.networks, run.scheduler, guidance=args.guidance)
+    else:
+        sampler, tuned_steps = training_sampler(args.gradient, args.grad_range, args.driven, args.seed, step)
+        sample = partial(run.sample, sampler=sampler, tuned_steps=tuned_steps)
     parts, cut = [], 0
     for number in range(accumulation):
         check_stop()
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
-        prompts, noise = training_batch(run.prompts, args.seed, run.shape, numbers)
+        prompts, *start = run.data.batch(run.shape, numbers)
         with ExitStack() as local:
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients once, after the last
                 local.enter_context(accelerator.no_sync(part.network))
             conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
-            images = run.sample(
-                prompts, noise, conditions=conditions, sampler=sampler, tuned_steps=tuned_steps, **recompute
-            )
+            images = sample(prompts, *start, conditions=conditions, **recompute)
             objective, scores = training_objective(
                 args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
             )
@@ -320,7 +311,7 @@ def train_step(run, step, check_stop):
     optimizer.zero_grad()
 
     seconds, images = time.perf_counter() - began, run.global_batch
-    row = {"step": step, "epoch": step * images / len(run.prompts), "lr": optimizer.param_groups[0]["lr"]}
+    row = {"step": step, "epoch": step * images / len(run.data.prompts), "lr": optimizer.param_groups[0]["lr"]}
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
     return row | dict(zip(["total", *scores], means, strict=True))
@@ -328,7 +319,7 @@ def train_step(run, step, check_stop):
 
 def save(run, step):
     """Write a checkpoint: the weights, their moving average if there is one, and what a resumed run needs."""
-    epoch = max(0, step * run.global_batch - 1) // len(run.prompts)
+    epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
     if run.ema:
         with run.averaged():

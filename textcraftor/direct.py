@@ -11,12 +11,12 @@ from functools import partial
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from textcraftor.embeddings import embed_prompts
-from textcraftor.sampling import decode, predict_noise
+from textcraftor.sampling import decode, predict_noise, predicted_latents
 
 
 def make_direct_images(
     networks, scheduler, captions, latents, noise, t, *, guidance, weighting=1.0, checkpoint=False,
-    vae_checkpointing=False,
+    vae_checkpointing=False, conditions=None,
 ):  # fmt: skip
     """B pictures' latents, with noise ε at time steps t -> images (B, 3, H, W) in [0, 1], from one prediction each.
 
@@ -24,8 +24,9 @@ def make_direct_images(
     (B, C, h, w): of the VAE, not scaled; noise: the same shape, standard normal; t: (B,) integers. The prediction is
     driven by weighting * tuned + (1 - weighting) * original text embeddings of the captions. Differentiable in what
     trains; checkpoint, vae_checkpointing: recompute activations in the backward pass, of the UNet and of the VAE.
+    conditions: what embed_prompts returned for these captions, from a caller that needs it, too.
     """
-    _, tuned = embed_prompts(networks, captions, weighting)
+    _, tuned = conditions or embed_prompts(networks, captions, weighting)
     predict = partial(predict_noise, networks.unet, guidance)
     latents, noise, t = (value.to(networks.device) for value in (latents, noise, t))
     z = denoise_once(predict, scheduler, latents * networks.vae.config.scaling_factor, noise, t, tuned, checkpoint)
@@ -45,19 +46,3 @@ def denoise_once(predict, scheduler, z, noise, t, conditions, checkpoint=False):
     if checkpoint:
         return recompute_in_backward(implied, z_t, use_reentrant=False, preserve_rng_state=False)
     return implied(z_t)
-
-
-def predicted_latents(scheduler, z_t, t, prediction):
-    """z_0 (B, C, h, w) according to a prediction at time steps t (B,), by the scheduler's prediction_type.
-
-    epsilon: (z_t − σ_t ε̂) / α_t; v_prediction: α_t z_t − σ_t v̂; sample: the prediction itself.
-    """
-    alpha_bar = scheduler.alphas_cumprod.to(z_t)[t].reshape(-1, 1, 1, 1)
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return (z_t - sigma * prediction) / alpha
-        case "v_prediction":
-            return alpha * z_t - sigma * prediction
-        case "sample":
-            return prediction

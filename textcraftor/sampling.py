@@ -127,7 +127,23 @@ def sample_one_prediction(
     t = scheduler.timesteps[stop]
     again = partial(recompute_in_backward, predict, use_reentrant=False, preserve_rng_state=False)
     prediction = (again if checkpoint else predict)(z, t, tuned)
-    return scheduler.step(prediction, t, z).pred_original_sample
+    return predicted_latents(scheduler, z, t.expand(len(z)), prediction)
+
+
+def predicted_latents(scheduler, z_t, t, prediction):
+    """z_0 (B, C, h, w) according to a prediction at time steps t (B,), by the scheduler's prediction_type.
+
+    epsilon: (z_t − σ_t ε̂) / α_t; v_prediction: α_t z_t − σ_t v̂; sample: the prediction itself.
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(z_t)[t].reshape(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (z_t - sigma * prediction) / alpha
+        case "v_prediction":
+            return alpha * z_t - sigma * prediction
+        case "sample":
+            return prediction
 
 
 def training_sampler(gradient, grad_steps, driven, seed, step):
@@ -137,7 +153,7 @@ def training_sampler(gradient, grad_steps, driven, seed, step):
     last K steps are tuned and carry gradient; for drtune K of the last `driven` steps, drawn at random, carry it; for
     refl K is 1, one of the last `driven`. What is drawn depends on (seed, step) alone: all processes draw the same.
     """
-    draw = np.random.default_rng([seed, step, 1])  # a third number, since prompts and noise have two
+    draw = np.random.default_rng([seed, step, 2])  # no generator of prompts, noise or pictures
     count = int(draw.integers(grad_steps[0], grad_steps[1] + 1))
     if gradient == "drtune":
         graded = frozenset(draw.choice(driven, count, replace=False).tolist())

@@ -18,6 +18,8 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     ("--weights",          str(REPOSITORY),           "folder that holds hpsv2/, pickscore/ and aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder to start from (with --lr_text 0: to keep)"),
     ("--prompts",          "openprompts.csv",         "training prompts: a csv, tsv, txt, jsonl or parquet file"),
+    ("--method",           ("prompts", "direct"),     "direct = one prediction from noised pictures, --images"),
+    ("--images",           "",                        "direct: folder or parquet files of pictures with captions"),
     ("--val_prompts",      "",                        "held-out prompts (default: the first of --prompts)"),
     ("--val_count",        16,                        "number of held-out prompts"),
     ("--output-path",      "output",                  "folder for weights, metrics, pictures and training state"),
@@ -44,6 +46,8 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     ("--driven",           15,                        "drtune, refl: last steps that the tuned text encoder drives"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
+    ("--t_min",            0,                         "direct: least noise, a time step of 0 to 999"),
+    ("--t_max",            999,                       "direct: most noise, a time step of 0 to 999"),
     # Batches and duration.
     ("--batch-size",       4,                         "prompts per micro-batch on each GPU"),
     ("--gradient_accumulation_steps", 1,              "micro-batches per optimizer step"),
@@ -68,7 +72,7 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
 
 # What may change when a run is resumed. Files are compared by content (run_folder.Record.resume), not by path.
 FREE_ON_RESUME = {
-    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "reward", "monitor",
+    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "images", "reward", "monitor",
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "sample_every", "val_every", "save_every",
     "keep_checkpoints", "gradient_checkpointing", "vae_checkpointing", "compile", "report_to", "project_name",
 }  # fmt: skip
@@ -124,6 +128,10 @@ def check_options(args):
         raise UserError(
             f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so it cannot drift; leave one out"
         )
+    if not 0 <= args.t_min <= args.t_max <= 999:
+        raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
+    if (args.method == "direct") != bool(args.images):
+        raise UserError("--method direct and --images FOLDER belong together: give both, or neither")
     args.grad_range = read_range("grad_steps", str(args.grad_steps))
     if args.gradient == "refl" and args.grad_range != (1, 1):
         raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")

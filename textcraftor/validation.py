@@ -27,12 +27,12 @@ def look(run, step, count, check_stop):
         noise = validation_noise(indices, run.shape)
         return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
 
-    held_out, is_main = run.held_out[:count], run.accelerator.is_main_process
+    held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
     with run.averaged():
         scores, images = validate(
             run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
         )
-    if count == len(run.held_out) and "val_total" not in run.record.rows[-1]:
+    if count == len(run.data.held_out) and "val_total" not in run.record.rows[-1]:
         means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
         if means["val_total"] > run.record.best("val_total"):
             with run.averaged():
@@ -97,7 +97,7 @@ def load_look(path):
 def show_results(run, last_step, after):
     """Draw before and after and the curves, and print what the run changed and where its files are."""
     before = load_look(run.output / "resume" / "before.safetensors")
-    before_after_grid(before, after, run.held_out, f"{last_step} steps", run.output / "before_after.png")
+    before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
     monitor_names = [monitor.name for monitor in run.monitors]
     reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")
     print(paired_table(before[0], after[0]))
