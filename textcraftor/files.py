@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from textcraftor.errors import UserError
 
@@ -33,3 +34,24 @@ def free_bytes(folder: Path | str) -> int:
     """Free space, in bytes, on the disk that holds `folder`, which need not exist yet."""
     folder = Path(folder).absolute()
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
+
+
+def check_writable(folder: Path | str, option: str) -> None:
+    """Raise UserError unless files can be written in `folder`, which is not made if it does not exist yet.
+
+    It writes a file in the nearest folder that exists and removes it again: permissions alone say nothing about
+    read-only disks and special file systems. option: the flag that names the folder, for the message.
+    """
+    folder = Path(os.path.abspath(folder))
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise UserError(f"{option} {folder}: {existing} is a file; choose a folder")
+    try:
+        with TemporaryDirectory(prefix=".textcraftor-", dir=existing) as trial:
+            inner = Path(trial, folder.relative_to(existing))
+            inner.mkdir(parents=True, exist_ok=True)
+            inner.joinpath("file").touch()
+    except OSError as problem:
+        raise UserError(
+            f"{option} {folder}: cannot write in {existing} ({problem.strerror}); choose another folder"
+        ) from problem

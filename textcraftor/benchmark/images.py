@@ -1,19 +1,34 @@
-"""A benchmark's images, by the sampler of training; and the switch of embeddings for stock diffusers pipelines."""
+"""A benchmark's images: generated as in training, saved, and checked; and the switch of embeddings for stock
+diffusers pipelines."""
 
 import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+from textcraftor.errors import UserError
+from textcraftor.files import free_bytes, write_whole
 from textcraftor.models import Model, latent_shape, load_model, make_networks
 from textcraftor.sampling import make_images, make_scheduler, prompt_noise, step_generators
 from textcraftor.weight_files import load_text_encoder, load_unet
 
+# Last bytes of a complete file, and the bytes per pixel that a file rarely exceeds: PNG as the raw pixels, JPEG at
+# Pillow's quality of 75.
+END = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9"}
+BYTES_PER_PIXEL = {".png": 3, ".jpg": 0.5}
+DISK_BLOCK = 4096  # bytes; files take whole blocks
+
 
 def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
-    """A StableDiffusionPipeline of `model`, see load_model -> (pipeline, tuned text encoder or the original again).
+    """(StableDiffusionPipeline of `model`, tuned text encoder), all networks in fp32, frozen, on the CPU.
 
-    text_path, unet_path: tuned weights, see textcraftor.weight_files. All networks are fp32, frozen, on the CPU.
+    model: see load_model; text_path, unet_path: tuned weights, see textcraftor.weight_files. Without text_path, the
+    second is the pipeline's own text encoder.
     """
     tokenizer, text_encoder, unet, vae, config = load_model(model)
     tuned = text_encoder
@@ -48,15 +63,63 @@ def switch_embeddings(embeddings, grad_steps):
 
 @torch.inference_mode()
 def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0):
-    """Images (B, 3, H, W) in [0, 1] of B prompts, fp32, on the pipeline's device, made as in training.
+    """B prompts -> images (B, 3, H, W) in [0, 1], fp32, on the pipeline's device, made as in training.
 
-    Latents and the scheduler compute in fp32, networks in the type of their weights. The original text encoder drives
-    the steps before the last grad_steps, weighting * tuned + (1 - weighting) * original the rest, in both branches of
-    guidance. Everything random in image i derives from (seed, indices[i]). Threads may share the pipeline.
+    Latents and scheduler are fp32; each network computes in the type of its weights. The last grad_steps steps use
+    weighting * tuned + (1 - weighting) * original text embeddings in both branches of guidance, the steps before the
+    original ones. All random numbers of image i derive from (seed, indices[i]). Threads may share the pipeline.
     """
-    model = Model(pipeline.tokenizer, pipeline.text_encoder, pipeline.unet, pipeline.vae, {})
+    model = _model(pipeline)
     noise = prompt_noise(seed, indices, latent_shape(model))
     return make_images(
         make_networks(model, tuned), pipeline.scheduler, prompts, noise,
         tuned_steps=grad_steps, guidance=guidance, weighting=weighting, generators=step_generators(seed, indices),
     )  # fmt: skip
+
+
+def _model(pipeline):
+    return Model(pipeline.tokenizer, pipeline.text_encoder, pipeline.unet, pipeline.vae, {})
+
+
+def image_size(pipeline):
+    """(width, height) in pixels of the images that `generate` makes."""
+    _, height, width = latent_shape(_model(pipeline))
+    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+
+
+def save_image(image, path):
+    """Write an image (3, H, W) in [0, 1] whole or not at all, with Pillow's defaults, as HPS v2's instructions do."""
+    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    content = io.BytesIO()  # Pillow's own writing hides why a disk refuses
+    Image.fromarray(pixels).save(content, Image.registered_extensions()[Path(path).suffix])
+    with write_whole(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
+
+
+def damaged_images(paths, size):
+    """Those of the image files that are missing, incomplete or damaged, or not RGB of `size` (width, height)."""
+    with ThreadPoolExecutor() as pool:
+        whole = pool.map(partial(_is_whole, size), paths)
+        return [path for path, is_whole in zip(paths, whole, strict=True) if not is_whole]
+
+
+def _is_whole(size, path):
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            return (picture.mode, picture.size) == ("RGB", size) and content.endswith(END[path.suffix])
+    except Exception:  # each image format's decoder raises its own kinds
+        return False
+
+
+def check_space(folder, files, size):
+    """Raise UserError if the disk of `folder` lacks room for image `files` of `size` (width, height)."""
+    width, height = size
+    needed = sum(width * height * BYTES_PER_PIXEL[Path(file).suffix] + DISK_BLOCK for file in files)
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 1e9:.2f} GB free, but the {len(files)} images to generate need about "
+            f"{needed / 1e9:.2f} GB; free some space, or choose another disk with --output_path"
+        )
