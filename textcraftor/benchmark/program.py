@@ -40,6 +40,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
 
     from textcraftor.benchmark.batches import work_through
     from textcraftor.benchmark.scores import load_scorers
+    from textcraftor.benchmark.sources import check_folder
     from textcraftor.hashes import weights_hash
     from textcraftor.models import quiet_libraries
 
@@ -48,6 +49,8 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
         benchmark.fetch(Path(args.prompts))
         every_row = check_files(benchmark, args)
     rows = limited(every_row, args.limit)
+    if args.score_only:
+        check_folder(args.score_only, rows)
     quiet_libraries()
     accelerator = Accelerator(mixed_precision="no", dynamo_backend="no")  # instead of its environment variables
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -56,7 +59,7 @@ def evaluate(benchmark: Benchmark, description: str, argv: list[str] | None = No
     done = {} if args.score_only else table.read(every_row)
     precision = None if args.score_only else chosen_precision(args, device)
     scorers = load_scorers(benchmark.rewards, args.weights, device, args.hps_version, benchmark.from_files)
-    source = load_source(benchmark, args, rows, scorers, device, precision)
+    source = load_source(benchmark, args, scorers, device, precision)
     settings = known_settings(benchmark, args, every_row) | source.settings
     settings |= {f"{name} (sha256)": weights_hash(scorer) for name, scorer in scorers.items()}
     check_settings(args.output_path, settings, [] if args.score_only else rows)
@@ -139,14 +142,13 @@ def chosen_precision(args, device):
     return choose_precision(args.mixed_precision, device)[0]
 
 
-def load_source(benchmark, args, rows, scorers, device, precision):
+def load_source(benchmark, args, scorers, device, precision):
     """Where the images come from: a sources.Folder with --score_only, else a sources.Generator."""
-    from textcraftor.benchmark.sources import Folder, Generator, check_folder
+    from textcraftor.benchmark.sources import Folder, Generator
 
-    if not args.score_only:
-        return Generator(benchmark, args, scorers, device, precision)
-    check_folder(args.score_only, rows)
-    return Folder(benchmark, args, scorers)
+    if args.score_only:
+        return Folder(benchmark, args, scorers)
+    return Generator(benchmark, args, scorers, device, precision)
 
 
 def forget_damaged(args, done, rows, image_size):
