@@ -295,7 +295,7 @@ def test_damaged_runs_are_refused_before_models_are_loaded(parti, monkeypatch):
     for name, content, message in (
         ("settings.json", b"", "settings.json: cannot be read"),
         ("settings.json", good["settings.json"][:50], "settings.json: cannot be read"),
-        ("settings.json", b"[]", "settings.json: holds no settings of a run"),
+        ("settings.json", b"[]", "settings.json: expected a JSON object, found list"),
         ("settings.json", b"{}", "settings.json: holds no settings of a run"),
         ("settings.json", b"\xff", "settings.json: cannot be read"),
         ("settings.json", None, "out holds scores.csv, but no settings.json"),

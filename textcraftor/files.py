@@ -1,13 +1,14 @@
-"""Writing files whole: under another name first, renamed when complete."""
+"""Files: written whole (under another name first, renamed when complete), JSON read with clear errors, disk space."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -28,6 +29,18 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def read_json_object(path: Path | str, advice: str) -> dict:
+    """The object in a JSON file; UserError ending in `advice` if the file cannot be read or holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        reason = getattr(problem, "strerror", None) or first_line(problem)
+        raise UserError(f"{path}: cannot be read ({reason}); {advice}") from problem
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; {advice}")
+    return content
 
 
 def free_bytes(folder: Path | str) -> int:

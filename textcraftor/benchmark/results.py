@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from textcraftor.errors import UserError, first_line
-from textcraftor.files import check_writable, write_whole
+from textcraftor.files import check_writable, read_json_object, write_whole
 
 GROUPS = 10  # per style; the standard deviation of their means is reported
 SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # settings that begin like this change scores, but no image
@@ -129,12 +129,9 @@ def check_settings(folder, settings, rows, complete=True):
 
 def read_settings(folder):
     """The settings that the run in `folder` recorded, a dict; UserError if the file is damaged."""
-    path = Path(folder) / SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read ({first_line(problem)}); {ELSEWHERE}") from problem
-    if not isinstance(settings, dict) or "benchmark" not in settings:
+    path = Path(folder, SETTINGS)
+    settings = read_json_object(path, ELSEWHERE)
+    if "benchmark" not in settings:
         raise UserError(f"{path}: holds no settings of a run; {ELSEWHERE}")
     return settings
 
