@@ -130,11 +130,11 @@ def check_comparable(first, other):
     for score in shared:
         name = f"{score} (sha256)"
         if ours.get(name) != theirs.get(name):
-            refuse(f"the weights of {score}", name, "score the images of both with the same weights, by --score_only")
+            refuse(f"the weights of {score}", name, "score the images of both with the same weights, with --score_only")
     if not shared:
         names = " and ".join(f"{run.folder} ({', '.join(run.scores)})" for run in (first, other))
         raise UserError(
-            f"no score in common: {names}; score the images of one of them as in the other, by --score_only"
+            f"no score in common: {names}; score the images of one run as those of the other, with --score_only"
         )
 
 
@@ -153,7 +153,7 @@ def pair(runs):
 
 
 def notes(runs, columns, keys):
-    """What a reader of the comparison must know, as lines: what was left out, and how else the runs differ."""
+    """Lines of text for the reader of a comparison: what was left out, and how else the runs differ."""
     lines = []
     for run in runs:
         problems = sum("problem" in row for row in run.rows.values())
@@ -183,7 +183,7 @@ def scored_prompts(run):
 
 
 def settings_table(runs):
-    """{name: [value of each run]} of everything the runs' images were made and scored with."""
+    """{name: [value of each run]} of all settings that the runs' images were generated and scored with."""
     every = [{name: run.summary.get(name) for name in SOURCES} | run.settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     table = {name: [_short(name, settings.get(name)) for settings in every] for name in names}
