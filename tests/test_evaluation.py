@@ -270,9 +270,7 @@ def test_damaged_images_and_rows_are_made_again(parti, hpsv2, capsys):
         damage()
         parti()
         assert contents("out") == good, damage
-    assert "5 images are missing, damaged or of another size and are made again; first: out/00000.png" in (
-        capsys.readouterr().out
-    )
+    assert "missing, damaged or of another size, to be made again: 5, first out/00000.png" in (capsys.readouterr().out)
     # Edited by a spreadsheet, which adds a byte-order mark: still the same table.
     Path("out/scores.csv").write_bytes(b"\xef\xbb\xbf" + good["scores.csv"])
     parti()

@@ -194,9 +194,11 @@ def describe(summary):
         lines.append(f"scored with the {summary['settings']['score_prompt']} prompts")
     rows = {"all": {"count": images["scored"], **{name: score["mean"] for name, score in scores.items()}}}
     rows |= summary["category"] | summary.get("challenge", {})
-    lines.append("".join([" " * 26, *(f"{name:>11}" for name in ("images", *scores))]))
+    widths = {name: max(11, len(name) + 2) for name in scores}
+    lines.append(f"{'':<26}{'images':>11}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for label, row in rows.items():
-        lines.append("".join([f"{label:<26}{row['count']:>11}", *(f"{row[name]:>11.4f}" for name in scores)]))
+        cells = "".join(f"{row[name]:>{width}.4f}" for name, width in widths.items())
+        lines.append(f"{label:<26}{row['count']:>11}{cells}")
     for name, style in summary.get("styles", {}).items():
         lines.append(f"100 × {name:<20}{style['mean']:>11.2f} ± {style['std']:.4f}")
     if summary.get("average") is not None:

@@ -51,7 +51,7 @@ def run(benchmark: Benchmark, args: Namespace, every_row: list[dict], rows: list
     device, is_main, output = accelerator.device, accelerator.is_main_process, Path(args.output_path)
     table = make_table(benchmark, args, rows)
     done = {} if args.score_only else table.read(every_row)
-    precision = None if args.score_only else chosen_precision(args, device)
+    precision, why = (None, "") if args.score_only else chosen_precision(args, device)
 
     scorers = load_scorers(benchmark.rewards, args.weights, device, args.hps_version, benchmark.from_files)
     if args.score_only:
@@ -69,9 +69,9 @@ def run(benchmark: Benchmark, args: Namespace, every_row: list[dict], rows: list
         (output / SUMMARY).unlink(missing_ok=True)  # of a run with another --limit: this one is not finished
         write_json(output / SETTINGS, settings)
         table.write(done.values())
-        print(start_line(benchmark, rows, done, device, settings))
+        print(start_line(benchmark, rows, done, device, precision, why))
         if lost:
-            print(f"{len(lost)} images are missing, damaged or of another size and are made again; first: {lost[0]}")
+            print(f"images missing, damaged or of another size, to be made again: {len(lost)}, first {lost[0]}")
     try:
         finished = work_through(accelerator, rows, done, args.batch_size, source, table)
     except UserError as problem:
@@ -103,12 +103,12 @@ def make_table(benchmark, args, rows):
 
 
 def chosen_precision(args, device):
-    """The precision to generate in: "no", "fp16" or "bf16". With auto, a continued run keeps its own."""
+    """("no", "fp16" or "bf16" to generate in, why). With auto, a continued run keeps its precision."""
     if args.mixed_precision == "auto" and Path(args.output_path, SETTINGS).is_file():
         recorded = read_settings(args.output_path).get("precision")
         if recorded in list(PRECISION_NAMES):
-            return PRECISION_NAMES[recorded]
-    return choose_precision(args.mixed_precision, device)[0]
+            return PRECISION_NAMES[recorded], "as when this run began"
+    return choose_precision(args.mixed_precision, device)
 
 
 def forget_damaged(output, done, rows, image_size):
@@ -124,10 +124,10 @@ def forget_damaged(output, done, rows, image_size):
     return damaged
 
 
-def start_line(benchmark, rows, done, device, settings):
+def start_line(benchmark, rows, done, device, precision, why):
     """One line for the user: what is going to be done."""
     count = sum(row["index"] in done for row in rows)
-    how = f", generated in {settings['precision']}" if "precision" in settings else ""
+    how = f", mixed precision: {precision} ({why})" if precision else ""
     return f"{benchmark.title}: {len(rows)} prompts, {count} of them done before, on {device}{how}"
 
 
