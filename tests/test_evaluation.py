@@ -30,6 +30,7 @@ from rewards import load_reward
 from rewards.hpsv2 import prepare
 from textcraftor.benchmark import batches, images, sources
 from textcraftor.benchmark.batches import start_worker, threads_per_worker, work_through
+from textcraftor.benchmark.extend import extend_prompt, load_extender
 from textcraftor.benchmark.options import parse_options
 from textcraftor.benchmark.program import evaluate
 from textcraftor.benchmark.prompt_lists import HPSV2, PARTI
@@ -248,6 +249,7 @@ def test_damaged_images_and_rows_are_made_again(parti, hpsv2, capsys):
         Image.open("out/00004.png").resize((32, 64)).save("out/00004.png")
 
     def other_images():
+        Path("out/summary.json").write_bytes(b"[")
         Path("out/00000.png").unlink()
         Image.open("out/00001.png").convert("RGBA").save("out/00001.png")
         Image.open("out/00002.png").save("out/00002.png", "JPEG")
@@ -255,9 +257,7 @@ def test_damaged_images_and_rows_are_made_again(parti, hpsv2, capsys):
     for damage in (
         images,
         other_images,
-        Path("out/scores.csv").unlink,
         lambda: Path("out/scores.csv").write_bytes(b""),
-        lambda: Path("out/scores.csv").write_bytes(good["scores.csv"][:300]),
         lambda: Path("out/scores.csv").write_bytes(good["scores.csv"][:300] + bytes(200)),  # after a power failure
         lambda: change_rows(
             (1, b"Animals", b"Things"), (2, b"cat", b"dog"), (3, b"00002.png", b"x.png"), (4, b"3,", b"x,")
@@ -265,7 +265,6 @@ def test_damaged_images_and_rows_are_made_again(parti, hpsv2, capsys):
         lambda: change_rows(
             (1, b".png,", b".png,much"), (2, b".png,", b".png,,"), (3, b"Basic,", b""), (4, b"a ", b'"a')
         ),
-        lambda: Path("out/summary.json").write_bytes(b"["),
     ):
         damage()
         parti()
@@ -608,8 +607,9 @@ def test_prompts_are_extended_before_generation_and_both_are_kept(parti, languag
     assert table("other")["extended"].tolist() == asked[:4]
     parti("--prompt_eng", language_model, "--output_path", "other")
     assert table("other")["extended"].tolist() == asked
-    parti("--prompt_eng", language_model, "--seed", 1, "--output_path", "seed", "--limit", 1)
-    assert table("seed")["extended"][0] != asked[0]
+
+    extender = load_extender(language_model, "cpu")
+    assert [extend_prompt(*extender, rows["prompt"][0], seed, 0) == asked[0] for seed in (2023, 1)] == [True, False]
 
     # The same images, scored with the other prompts.
     parti("--prompt_eng", language_model, "--score_prompt", "original", "--output_path", "original")
