@@ -28,10 +28,12 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from rewards.base import Reward
-from textcraftor.benchmark.program import check_arguments, generator, parse_arguments, work_through
+from textcraftor.benchmark.batches import work_through
+from textcraftor.benchmark.options import parse_options
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.benchmark.results import Table
-from textcraftor.benchmark.scores import load_scorers, whole_view
+from textcraftor.benchmark.scores import load_scorers
+from textcraftor.benchmark.sources import Generator
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import load_model, quiet_libraries
 from textcraftor.sampling import make_scheduler, prompt_noise
@@ -107,12 +109,12 @@ def plain_way(args, scorers, output, device):
 
 def our_way(args, scorers, output, accelerator):
     """test_parti.py's way, likewise."""
-    work = generator(PARTI, args, scorers, whole_view, accelerator.device).work
+    generator = Generator(PARTI, args, scorers, accelerator.device, "no")
     table = Table(output / "scores.csv", ["index", "prompt", "file"], list(scorers))
 
     def run(rows):
         done = {}
-        work_through(accelerator, rows, done, args.batch_size, work, table)
+        work_through(accelerator, rows, done, args.batch_size, generator, table)
         return {index: {column: row[column] for column in scorers} for index, row in done.items()}
 
     return run
@@ -184,8 +186,7 @@ def main(argv=None):
             *(sys.argv[1:] if argv is None else argv),
         ]
         argv = argv if "--model" in argv else ["--model", "miniature", *argv]
-        args = parse_arguments(PARTI, __doc__, argv)
-        check_arguments(args)
+        args = parse_options(PARTI, __doc__, argv)
         check_plain(args)
         if not args.text_path:
             args.text_path = f"{folder}/tc_text.safetensors"
