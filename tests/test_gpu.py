@@ -97,7 +97,7 @@ def test_training_on_the_gpu_is_training_on_the_cpu(on_cpu, tmp_path, capsys, op
 
 
 def same_metrics(found, expected, tolerance):
-    """Scores of two trainings agree in every step, and the first gradient's norm: rounding moves some later ones more."""
+    """Scores of two trainings agree in every step, and the norm of the first gradient; rounding may move later ones."""
     for row, wanted in zip(found, expected, strict=True):
         for name in ("clip", "aesthetic", "pickscore", "hpsv2", "total"):
             assert float(row[name]) == pytest.approx(float(wanted[name]), rel=tolerance), f"{name}, step {row['step']}"
