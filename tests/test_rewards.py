@@ -504,7 +504,7 @@ def test_a_users_file_that_imports_hpsv2_gets_the_package(tmp_path, monkeypatch)
 
     for file in ("top.py", "late.py"):
         torch.testing.assert_close(scores(file, [str(tmp_path / "site")]), images.mean(dim=(1, 2, 3)))
-        with pytest.raises(UserError, match="no package hpsv2 is installed.*pip install hpsv2"):
+        with pytest.raises(UserError, match="the package hpsv2 is not installed.*pip install hpsv2"):
             scores(file, [])
 
 
