@@ -84,12 +84,9 @@ def compare(name, scores, golden):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--weights", default=Path(__file__).resolve().parents[1], help="folder with hpsv2/, pickscore/, aesthetic/"
-    )
-    parser.add_argument(
-        "--golden", default=GOLDEN, type=Path, help="expected scores; use another file for other weights"
-    )
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--weights", default=root, help="folder with hpsv2/, pickscore/ and aesthetic/")
+    parser.add_argument("--golden", default=GOLDEN, type=Path, help="expected scores (others for other weights)")
     args = parser.parse_args(argv)
     check_files(list(TOLERANCE), args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -69,5 +69,8 @@ def _missing_package():
     """
     for name in WEIGHT_FOLDERS:
         if name in sys.modules and getattr(sys.modules[name], "__file__", None) is None:
-            return f"the package {name} is not installed, and Python found the folder of weights of that name instead; try: pip install {name}"
+            return (
+                f"the package {name} is not installed, and Python imported this repository's folder of weights "
+                f"instead; try: pip install {name}"
+            )
     return ""

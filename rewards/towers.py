@@ -125,7 +125,7 @@ def missing_file(path: Path, how: str) -> list[str]:
 
 
 def find_tower(folder: Path, name: str, tag: str) -> tuple[str, Path | None]:
-    """(architecture, weights) of the open_clip model in `folder`, else of open_clip's model name/tag in the hub's cache.
+    """(architecture, weights) of the open_clip model in `folder`, else of open_clip's name/tag in the hub's cache.
 
     The architecture is that of the folder's open_clip_config.json, or `name` if there is none. weights is None if they
     are in neither place: nothing is downloaded.
@@ -204,9 +204,7 @@ def fill(network: Network, state: dict[str, Tensor], path: Path) -> Network:
     state = {name: value for name, value in state.items() if name in own or not HARMLESS.search(name)}
     for name in own.keys() & state.keys():
         if not state[name].is_floating_point():
-            raise UserError(
-                f"{path}: {name} holds {state[name].dtype} numbers, expected floats; use weights that are not quantised"
-            )
+            raise UserError(f"{path}: {name} holds {state[name].dtype} numbers, expected floats, not quantised")
         if own[name].numel() == state[name].numel() == 1:  # logit_scale has shape () or (1,)
             state[name] = state[name].reshape(own[name].shape)
         state[name] = state[name].to(own[name].dtype).contiguous()
@@ -309,7 +307,7 @@ def size_of(visual: nn.Module) -> tuple[int, int]:
 
 
 def open_clip_normalization(architecture: str) -> Normalization:
-    """That of preprocess_cfg in the folder of `local-dir:FOLDER`; OpenAI's where it says nothing and for known names."""
+    """That of preprocess_cfg in the folder of `local-dir:FOLDER`; OpenAI's if it says nothing or the name is known."""
     if not architecture.startswith("local-dir:"):
         return OPENAI
     path = Path(architecture.removeprefix("local-dir:"), OPEN_CLIP_CONFIG)
@@ -326,9 +324,7 @@ def transformers_normalization(folder: Path) -> Normalization:
         if "image_mean" not in config and "image_std" not in config:
             continue
         if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 0.01:
-            raise UserError(
-                f"{path}: pixels are not scaled to [0, 1] before normalisation; only towers that need this are supported"
-            )
+            raise UserError(f"{path}: expected pixels scaled to [0, 1] (do_rescale, rescale_factor 1/255)")
         if not config.get("do_normalize", True):
             return Normalization((0.0,) * 3, (1.0,) * 3)
         return _normalization(config, "image_mean", "image_std", path)
