@@ -155,7 +155,7 @@ def plain(args, part, networks, scheduler, optimizer, device):
     for network in (networks[1], networks[2], *networks[4]):
         network.requires_grad_()
     prompts, noise = make_inputs(args)
-    scheduler = steps_of(scheduler, scheduler.timesteps)
+    scheduler = steps_of(scheduler)
     with part("all of the plain step"):
         total = plain_step(networks, clip_tokenizer(), scheduler, prompts, noise)
         (-total.mean()).backward()
@@ -169,13 +169,13 @@ def make_inputs(args):
     return [f"{PROMPT}, number {index}" for index in indices], prompt_noise(0, indices, (4, 64, 64))
 
 
-def steps_of(scheduler, times):
-    """A copy of the DDIM scheduler that makes only the steps at `times`, in a form that works on fake tensors.
+def steps_of(scheduler, first=0, end=None):
+    """A copy of the DDIM scheduler with only the steps [first:end], which also works with fake tensors.
 
-    Times are ints there, and sample_last_k must not copy it again, which DDIM, having no state, does not need.
+    For these, times must be ints, and sample_last_k must not copy the scheduler again: DDIM keeps no state anyway.
     """
     scheduler = copy.copy(scheduler)
-    scheduler.timesteps = times.tolist()
+    scheduler.timesteps = scheduler.timesteps.tolist()[first:end]
     scheduler.__deepcopy__ = lambda memo: scheduler
     return scheduler
 
@@ -187,8 +187,8 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
     """
     _, tuned, unet, vae, rewards = networks
     tokenizer = clip_tokenizer()
-    first = steps_of(scheduler, scheduler.timesteps[: -args.grad_steps])
-    last = steps_of(scheduler, scheduler.timesteps[-args.grad_steps :])
+    first = steps_of(scheduler, 0, -args.grad_steps)
+    last = steps_of(scheduler, -args.grad_steps)
     prompts, noise = make_inputs(args)
     noise = noise.to(device)
 
@@ -256,7 +256,7 @@ def score(reward, images, texts):
 def evaluation(args, part, networks, scheduler, device):
     """Make and score a batch of images as in textcraftor/benchmark, in two parts as in parted_step."""
     prompts, noise = make_inputs(args)
-    scheduler = steps_of(scheduler, scheduler.timesteps)
+    scheduler = steps_of(scheduler)
     with torch.no_grad():
         with part("making"):
             used = in_use(networks, clip_tokenizer())

@@ -74,7 +74,7 @@ def test_models_that_confuse_the_pictures_are_not_recorded(monkeypatch, tmp_path
     monkeypatch.setattr(check, "load_reward", Model)
     arguments = ["--golden", str(golden)]
     confused = "clip"
-    with pytest.raises(UserError, match="1 of the models match pictures with wrong prompts"):
+    with pytest.raises(UserError, match="1 of the models match pictures with the wrong prompts"):
         check.main(arguments)
     assert golden.read_text() == before
     confused = None

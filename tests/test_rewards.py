@@ -670,7 +670,7 @@ def test_weights_that_do_not_fit_are_named_in_one_line(root, caplog):
         ("pickscore", pick, state, "no transformers CLIPModel in it"),
         ("pickscore", pick, pickstate | {"logit_scale": torch.tensor(torch.nan)}, "logit_scale holds NaN or infinity"),
         ("aesthetic", head, headstate | {"layers.0.weight": torch.zeros(32, 768)}, "768 numbers, the tower gives 32"),
-        ("aesthetic", head, {"linear.weight": torch.zeros(1, 32)}, "expected an aesthetic head .layers.0.weight"),
+        ("aesthetic", head, {"linear.weight": torch.zeros(1, 32)}, "no aesthetic head .layers.0.weight, …. in it"),
         ("aesthetic", head, {"layers.0.weight": torch.zeros(1, 32)}, "expected the matrices layers.0.weight, layers.2"),
     ]:
         before = path.read_bytes()
