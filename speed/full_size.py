@@ -23,10 +23,9 @@ from functools import partial
 import torch
 from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize
-from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held, in_use
+from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, full_size, held, in_use
 from speed.step import plain_step
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
@@ -130,7 +129,7 @@ def count(args, scheduler):
 
     @contextlib.contextmanager
     def part(name):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             yield
         flops[name] += counter.get_total_flops()
 

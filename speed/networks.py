@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from rewards.aesthetic import Aesthetic
@@ -96,6 +97,17 @@ def held(networks):
     parts = [*networks[:4], *networks[4]]
     gradients = [parameter.grad for part in parts for parameter in part.parameters() if parameter.grad is not None]
     return [part.state_dict() for part in parts], gradients
+
+
+def flop_counter():
+    """A FlopCounterMode that also counts attention on the CPU, which torch's own omits before version 2.15."""
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,11 +15,10 @@ from functools import partial
 import torch
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize, preprocess
 from rewards.sum import RewardSum
-from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, in_use, middle_size
+from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, held, in_use, middle_size
 from textcraftor.embeddings import embed_prompts, encode_prompts
 from textcraftor.errors import run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
@@ -132,7 +131,7 @@ def main(argv=None):
         run(name)  # warm-up; it also allocates the gradients that the plain step keeps
         with LiveBytes(held(networks)) as memory:
             run(name)
-        with FlopCounterMode(display=False) as counter:  # on its own, since it keeps tensors alive
+        with flop_counter() as counter:  # on its own, since it keeps tensors alive
             run(name)
         flops[name], peaks[name] = counter.get_total_flops(), memory.peak
         gradients[name] = torch.cat([parameter.grad.flatten() for parameter in networks[1].parameters()])
