@@ -20,7 +20,7 @@ class RewardSum(nn.Module):
         self.weights = [weight for _, weight in weighted]
         names = [reward.name for reward in self.rewards]
         if not names:
-            raise UserError("all rewards have weight 0; give at least one a weight, such as --clip 0.5")
+            raise UserError("all rewards have weight 0; give one a weight, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
         share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
@@ -28,7 +28,7 @@ class RewardSum(nn.Module):
     def forward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> total (B,) with gradient, and {name: r (B,)}, detached.
 
-        The r are the scores as each reward defines them, without its scale and weight.
+        r is the score as the reward itself defines it, without scale and weight.
         """
         check_inputs(images, prompts)
         features, scores = {}, {}

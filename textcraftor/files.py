@@ -16,13 +16,18 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     """Give a path beside `path`, with its suffix, to write to; it is renamed to `path` when the block ends.
 
     Nobody ever sees half a file: if the block raises, the unfinished file is removed and an older `path` is kept.
-    Folders are made as needed. Raises UserError if the file system refuses (full, read-only, no permission).
+    Folders are made as needed. The file has the permissions of any new file (the umask), although safetensors makes
+    files that only their owner can read. Raises UserError if the file system refuses (full, read-only, no permission).
     """
     path = Path(path)
     unfinished = path.with_name(f".unfinished.{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        permissions = unfinished.stat().st_mode
+        unfinished.unlink()
         yield unfinished
+        unfinished.chmod(permissions)
         os.replace(unfinished, path)
     except OSError as problem:
         raise UserError(f"{path}: cannot be written ({problem.strerror or problem})") from problem
