@@ -1,5 +1,8 @@
 #!/bin/sh
-# Run the test suite; arguments go to pytest: sh run_tests.sh -k resume
+# Run the tests; options go to pytest:
+#   sh run_tests.sh
+#   sh run_tests.sh -k resume
+#   sh run_tests.sh -m gpu        the tests that need a CUDA GPU
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 requirements=requirements-dev.txt
 . "$repository/setup_env.sh"

@@ -22,7 +22,7 @@ class RewardSum(nn.Module):
         self.shared = {}  # reward name -> unit vector (D,)
         names = [reward.name for reward in self.rewards]
         if not names:
-            raise UserError("all rewards have weight 0; give at least one a weight, such as --clip 0.5")
+            raise UserError("all rewards have weight 0; give one a weight, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
         share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
@@ -32,7 +32,7 @@ class RewardSum(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> total (B,) with gradient, and {name: r (B,)}, detached.
 
-        The r are the scores as each reward defines them, without its scale and weight. features: a dict that keeps the
+        r is the score as the reward itself defines it, without scale and weight. features: a dict that keeps the
         image features by tower, for another reward with the same tower. shared_text: weight in the total, not in the r,
         of the text direction that all prompts share (objective.weaken_shared), known after `find_shared`.
         """

@@ -1,29 +1,41 @@
 """Fixtures shared by all tests; nothing here touches the network."""
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: results must not depend on the machine
+import sys
 
 import pytest
-import tiny
-from accelerate.state import AcceleratorState
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+
+
+def pytest_configure(config):
+    """Hide the GPU, so that results do not depend on the machine, unless only the tests that need one are selected.
+
+    torch must not be imported before this, which is why nothing below imports it at the top.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Accelerate keeps its settings for the life of a process."""
+    """Accelerate keeps its settings for the life of a process; every test starts without any."""
     yield
-    AcceleratorState._reset_state(True)
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")
 def rewards_root(tmp_path_factory):
-    """A folder with tiny weights of all four rewards; not to be written to."""
+    """A folder with tiny weights of all four rewards; read-only by agreement."""
+    import tiny
+
     return tiny.make_rewards(tmp_path_factory.mktemp("rewards"))
 
 
 @pytest.fixture(scope="session")
 def stable_diffusion(tmp_path_factory):
-    """A tiny diffusers folder in SD v1.5's format; not to be written to."""
+    """A tiny diffusers folder in SD v1.5's format; read-only by agreement."""
+    import tiny
+
     return tiny.make_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))

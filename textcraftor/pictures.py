@@ -34,7 +34,7 @@ def sample_grid(images, prompts, scores, step):
 def before_after_grid(before, after, prompts, tuned, path):
     """Write a PNG of image pairs, before training on the left and after it on the right, each above its prompt.
 
-    before, after: (scores, images) as in sample_grid; tuned: what happened in between, for the title.
+    before, after: (scores, images) as in sample_grid; tuned: what was trained and how long, for the title.
     """
     (first, first_images), (last, last_images) = before, after
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]

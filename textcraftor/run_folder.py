@@ -3,12 +3,11 @@
 import csv
 import json
 import math
-import os
 from itertools import islice
 from pathlib import Path
 
 from textcraftor.errors import UserError, first_line
-from textcraftor.files import write_whole
+from textcraftor.files import check_writable, write_whole
 
 OPTIONS_FILE = "options.json"
 
@@ -16,11 +15,7 @@ OPTIONS_FILE = "options.json"
 def check_folder(folder, resume):
     """Raise UserError if `folder` cannot be written to, holds a run that would be overwritten, or none to resume."""
     folder = Path(folder)
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output-path {folder}: {existing} is a file; choose a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output-path {folder}: no permission to write in {existing}; choose another folder")
+    check_writable(folder, "--output-path")
     has_run = (folder / OPTIONS_FILE).is_file()
     if has_run and not resume:
         raise UserError(f"{folder} holds a run: continue it with --resume, or choose another --output-path")
