@@ -1,6 +1,6 @@
 """What only a CUDA GPU can show, in about ten minutes: sh run_tests.sh -m gpu
 
-Training and evaluation are compared with fp32 on the CPU, memory with the table in README.md. Gradients are compared
+Training and evaluation are compared with fp32 on the CPU, memory with the table in speed/README.md. Gradients are compared
 relative to their length, not weights: where a true gradient is nearly 0, Adam turns rounding into whole steps.
 """
 
@@ -175,7 +175,7 @@ def test_evaluation_on_the_gpu_is_evaluation_on_the_cpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, peak",  # GiB, as README.md has them
+    "options, peak",  # GiB, as speed/README.md has them
     [
         (["--batch-size", "1"], 14.0),
         (["--batch-size", "4"], 25.0),

@@ -255,7 +255,7 @@ def test_its_text_encoder_has_the_names_that_all_tools_know():
 
 @needs_font
 def test_the_judge_is_right_about_fresh_pictures():
-    """200 scenes that nothing was trained on; the README's figure comes from 2,000."""
+    """200 scenes that nothing was trained on; the figure in experiments/README.md comes from 2,000."""
     fresh, rng = scenes(200, seed=99), np.random.default_rng(99)
     images = torch.from_numpy(np.stack([world.render(s, rng) for s in fresh])).permute(0, 3, 1, 2) / 255
     seen = see(images)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from textcraftor.benchmark.program import check_arguments, parse_arguments
+from textcraftor.benchmark.options import parse_options as parse_test_options
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.training_options import parse_options
 
@@ -129,8 +129,7 @@ def test_training_recipes_have_the_papers_settings(call):
 def test_test_recipes_have_the_papers_settings(call):
     for recipe, (run, *how) in TESTS.items():
         for arguments in ([], ["--model", "miniature"]):
-            options = parse_arguments(PARTI, "", call(recipe, *arguments)[1])
-            check_arguments(options)
+            options = parse_test_options(PARTI, "", call(recipe, *arguments)[1])
             found = [options.scheduler, options.step, options.grad_steps, options.prompt_weighting]
             assert found == how, recipe
             folder = f"miniature_{run}" if arguments else run

@@ -632,7 +632,7 @@ def test_two_processes_train_as_one_with_the_double_batch(work, five_steps, stab
     same_metrics("one", "two")
 
 
-# README's command.
+# recipes/README's command.
 FSDP_LAUNCH = """--num_machines 1 --num_processes 2 --mixed_precision no --dynamo_backend no
     --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
     --fsdp_transformer_layer_cls_to_wrap BasicTransformerBlock,ResnetBlock2D train_textcraftor.py""".split()
