@@ -736,7 +736,7 @@ def test_a_damaged_run_or_a_full_disk_is_one_line(work, command, monkeypatch):
     train(*command, "--max_steps", 1)
     (state,) = Path("output/resume").glob("step_*")
     damages = {
-        "output/options.json": "options.json cannot be read",
+        "output/options.json": "options.json: cannot be read",
         "output/metrics.csv": "metrics.csv is damaged",
         str(next(state.glob("optimizer*"))): "is damaged or incomplete",
         "output/tc_text_e_0_iter_1.safetensors": "is damaged or incomplete",
