@@ -723,7 +723,7 @@ def test_old_checkpoints_are_deleted_and_the_newest_is_linked(work, command):
     assert os.readlink("output/tc_text.safetensors") == kept[-1] and Path("output/tc_text_best.safetensors").is_file()
 
 
-def test_a_damaged_run_or_a_full_disk_is_one_line(work, command, monkeypatch):
+def test_damaged_run_and_full_disk_give_one_line_errors(work, command, monkeypatch):
     Path("file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         train(*command, "--output-path", "file/run")

@@ -1,6 +1,6 @@
-"""Prompt embeddings: what the UNet is told of the prompts.
+"""Prompt embeddings: what the UNet is conditioned on.
 
-Conditions are keyword arguments of the UNet, a dict of tensors with a row a prompt: for Stable Diffusion v1
+Conditions are keyword arguments of the UNet, a dict of tensors with one row per prompt: for Stable Diffusion v1
 {"encoder_hidden_states": (B, L, D)}. Everything but `encode_prompts` works for any others, such as SDXL's added ones.
 """
 
@@ -45,6 +45,6 @@ def guidance_pair(conditions: Conditions) -> Conditions:
 
 
 def count_cut(tokenizer, prompts: list[str]) -> int:
-    """How many of the prompts have more tokens than the text encoder reads, and lose their end."""
+    """How many prompts have more tokens than the text encoder reads and are truncated."""
     lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)
