@@ -403,7 +403,7 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
         (["--lr_text", "0"], "nothing would be trained"),
         (["--lr_text", "quick"], "invalid float value: 'quick'"),
         (["--lr_txt", "1"], "unrecognized arguments: --lr_txt"),
-        (["--reward", "own.py:redness=0"], "nothing to train for"),
+        (["--reward", "own.py:redness=0"], "all reward weights are 0"),
         (["--reward", "own.py:redness"], "path/to/file.py:function=weight"),
         (["--reward", "other.py:brightness=1"], "other.py"),
         (["--reward", "own.py:greenness=1"], "greenness"),
@@ -707,7 +707,7 @@ def test_two_processes_stop_on_sigterm_within_seconds_and_go_on(work, five_steps
     sent = time.monotonic()
     launched.send_signal(signal.SIGTERM)
     said, _ = launched.communicate(timeout=60)
-    assert time.monotonic() - sent < 30 and "all saved" in said, said
+    assert time.monotonic() - sent < 30 and "stopped and saved" in said, said
     step = int(table("stopped")[-1]["step"])
     assert [path.name for path in Path("stopped/resume").glob("step_*")] == [f"step_{step:06d}"]
     assert Path("stopped/tc_text.safetensors").resolve().name.endswith(f"_iter_{step}.safetensors")

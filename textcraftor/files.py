@@ -1,4 +1,4 @@
-"""Writing files whole: under another name first, renamed when complete."""
+"""Write files atomically: under a temporary name first, renamed when complete."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from textcraftor.errors import UserError
 
 @contextlib.contextmanager
 def write_whole(path: Path | str) -> Iterator[Path]:
-    """Give a path beside `path`, with its suffix, to write to; it is renamed to `path` when the block ends.
+    """Yield a temporary path in the same folder, with the same suffix; rename it to `path` when the block ends.
 
-    Nobody ever sees half a file: if the block raises, the unfinished file is removed and an older `path` is kept.
-    Folders are made as needed. Raises UserError if the file system refuses (full, read-only, no permission).
+    Nobody ever sees half a file: if the block raises, the temporary file is removed and an existing `path` is kept.
+    Creates folders as needed. Raises UserError if the file system refuses (full, read-only, no permission).
     """
     path = Path(path)
     unfinished = path.with_name(f".unfinished.{os.getpid()}.{path.name}")
