@@ -204,7 +204,7 @@ def train(run, first_step, last_step):
                     raise UserError(f"{skips} updates in a row were not finite; {run.output} has the last good weights")
         except Stopped:
             save(run, done)
-            say(f"stopped and saved after step {done}; to continue, repeat the command with --resume")
+            say(f"stopped after step {done}, checkpoint saved; to continue, repeat the command with --resume")
             return None
     return after or look(run, last_step, len(run.held_out), lambda: None)
 

@@ -28,9 +28,7 @@ def settle_precision(args):
         args.mixed_precision = read_options(args.output_path).get("mixed_precision", "auto")
         if args.mixed_precision != "auto":
             return "as when this run began"
-    device = PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
-    ).device  # the same device that Accelerator will use
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # the same as Accelerator's
     args.mixed_precision, why = choose_precision(args.mixed_precision, device)
     return why
 
