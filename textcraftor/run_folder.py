@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its options, and metrics.csv with one row a step."""
+"""What a run writes down as it goes: its options, and metrics.csv with one row per step."""
 
 import csv
 import json

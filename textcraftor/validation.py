@@ -52,7 +52,7 @@ def validate(accelerator, make, rewards, monitors, prompts, batch_size, keep, be
     """Score the images of held-out prompts, each from its own fixed noise.
 
     make: (prompts, indices) -> images (B, 3, H, W) in [0, 1]; rewards: a RewardSum; monitors: rewards to score only.
-    The processes share the batches, and each makes equally many, for networks that are split among processes.
+    The processes share the batches and each runs the same number of them, as networks split among processes require.
     between() is called before each batch and may raise. Returns ({name: (N,) float64 scores, unscaled; "total": their
     weighted sum}, the first `keep` images, uint8 on the CPU).
     """
