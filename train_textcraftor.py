@@ -1,17 +1,17 @@
-"""TextCraftor (https://arxiv.org/abs/2403.18978): fine-tune the text encoder of Stable Diffusion, and then the UNet if
-you like, with differentiable rewards, from prompts alone.
+"""TextCraftor (https://arxiv.org/abs/2403.18978): fine-tune the text encoder of Stable Diffusion, and optionally
+the UNet, with differentiable rewards, from prompts alone.
 
-The released script's settings, on every GPU of this machine (the same as `sh run_textcraftor.sh`):
+With the released script's settings, on all GPUs of this machine (same as `sh run_textcraftor.sh`):
 $ accelerate launch train_textcraftor.py --prompts openprompts.csv
 
-The small Stable Diffusion that ships with this repository, on a CPU, in minutes:
+The miniature Stable Diffusion in this repository, in minutes on a CPU:
 $ python train_textcraftor.py --model miniature
 
-The second stage, the UNet under the tuned text encoder:
+Second stage: train the UNet with the tuned text encoder:
 $ accelerate launch train_textcraftor.py --text_path output/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
       --batch-size 1 --output-path output_unet
 
-To continue a run that stopped, repeat its command with --resume. All options: textcraftor/training_options.py
+To resume a run that stopped, repeat its command with --resume. All options: textcraftor/training_options.py
 """
 
 import copy
@@ -30,7 +30,7 @@ from textcraftor.options import COLUMNS, check_all
 from textcraftor.training_options import parse_options, recorded_options
 
 if __name__ == "__main__":
-    run_program(parse_options)  # before the slow imports: --help and mistakes are answered at once
+    run_program(parse_options)  # before the slow imports, so that --help and errors appear at once
 
 import torch
 from accelerate import Accelerator
@@ -62,8 +62,8 @@ from textcraftor.trackers import start_trackers
 from textcraftor.validation import PICTURES, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
-WINDOW = 20  # steps that the progress line averages
-MOST_SKIPS = 10  # updates skipped in a row that end the run; fp16's loss scale, halved by each, is 1 by then
+WINDOW = 20  # the progress line shows averages over this many steps
+MOST_SKIPS = 10  # end the run after this many skipped updates in a row; each halves the fp16 loss scale, down to 1
 
 
 def main(argv=None):
@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def check_inputs(args):
-    """Report all missing or unusable files at once, before any model is loaded -> {user's own reward: function}."""
+    """Report all missing or unusable files at once, before loading any model -> {user's own reward: function}."""
     specs = [*args.weighted, *args.monitored]
     checks = [(check_model, args.model), *data_checks(args)]
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
@@ -95,9 +95,9 @@ def set_up(args, functions):
     device, is_main = accelerator.device, accelerator.is_main_process
     say = tqdm.write if is_main else lambda text: None
     low_precision = PRECISIONS[args.mixed_precision]
-    set_seed(args.seed % 2**32)  # for users' own rewards; prompts and noise have generators of their own
+    set_seed(args.seed % 2**32)  # for users' own rewards; prompts and noise use their own generators
 
-    # Data and networks. Frozen networks are cast to low precision; trained ones keep fp32 and compute under autocast.
+    # Data and networks. Frozen networks are cast to low precision; trained ones keep fp32 and run under autocast.
     data = read_prompt_data(accelerator, args) if args.method == "prompts" else None  # mistakes show before models load
     model = load_model(args.model)
     model.vae.to(device)
@@ -110,7 +110,7 @@ def set_up(args, functions):
     model.unet.to(device, torch.float32 if args.lr_unet else low_precision)
     text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # one compiled block serves all widths and resolutions
+        torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
     global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
@@ -126,7 +126,7 @@ def set_up(args, functions):
     trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
     trained = [part for part in trained if part.learning_rate]
     if accelerator.is_fsdp2:
-        model.unet.to(memory_format=torch.contiguous_format)  # the only format that FSDP can split
+        model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
     networks = make_networks(model, text_encoder)
     groups = [{"params": [*part.network.requires_grad_().parameters()], "lr": part.learning_rate} for part in trained]
     *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
@@ -139,7 +139,7 @@ def set_up(args, functions):
     if ema:
         accelerator.register_for_checkpointing(ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
-    (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # depends on the step alone
+    (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
     # Start a run folder, or continue after the last checkpoint in it.
     options, compared = recorded_options(args, global_batch, last_step, content)
@@ -153,9 +153,9 @@ def set_up(args, functions):
         if ema:
             ema.to(device)
         last_step = max(first_step, last_step)
-        record.resume(options, compared if is_main else [], first_step)  # only the main process knows the contents
+        record.resume(options, compared if is_main else [], first_step)  # only the main process has the hashes
         options["tracker run"] = read_options(output)["tracker run"]
-        say(f"continuing after step {first_step} of the run in {output}")
+        say(f"resuming the run in {output} after step {first_step}")
     else:
         checkpoints.check_disk(output, trained, args.keep_checkpoints)
         record.start(options)
@@ -176,7 +176,7 @@ def set_up(args, functions):
 def train(run, first_step, last_step):
     """Train from first_step to last_step, validate and save -> (scores, images) of the last validation.
 
-    If SIGINT or SIGTERM asks the run to stop, it saves a checkpoint, skips everything else and returns None.
+    On SIGINT or SIGTERM, save a checkpoint, skip everything else and return None.
     """
     args, record, say, done, after = run.args, run.record, run.say, first_step, None
     is_main = run.accelerator.is_main_process
@@ -199,31 +199,31 @@ def train(run, first_step, last_step):
                 run.accelerator.log(record.rows[-1], step=step)
                 skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
                 if skips:
-                    say(f"step {step}: loss or gradient is not finite; update skipped, {skips} in a row")
+                    say(f"step {step}: loss or gradient is not finite; update skipped ({skips} in a row)")
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.output, run.trained):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained):
                         save(run, step)
                     else:
-                        say(f"step {step}: NOT SAVED: the disk of {run.output} is full; make room before the next save")
+                        say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
                 if skips >= MOST_SKIPS:
                     raise UserError(f"{skips} updates in a row were not finite; {run.output} has the last good weights")
         except Stopped:
             save(run, done)
-            say(f"stopped after step {done}, all saved; continue with the same command and --resume")
+            say(f"stopped after step {done}, checkpoint saved; to continue, repeat the command with --resume")
             return None
     return after or look(run, last_step, len(run.data.held_out), lambda: None)
 
 
 class Run(NamedTuple):
-    """What the functions that train, validate and save all need."""
+    """Everything that training, validation and saving share."""
 
     args: Namespace
     accelerator: Accelerator
     output: Path
     data: Data
-    sample: Callable  # make_images, given everything but prompts, noise and the number of tuned steps
+    sample: Callable  # make_images with all but prompts, noise and tuned_steps filled in
     scheduler: DDIMScheduler
     shape: tuple[int, int, int]  # of one image's latents
     networks: Networks
@@ -233,9 +233,9 @@ class Run(NamedTuple):
     trained: list[Trained]
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None  # moving average of the trained weights
-    factor: Callable  # step -> factor on the learning rates
+    factor: Callable  # step -> learning-rate multiplier
     record: Record
-    say: Callable  # print a line above the progress bar, on the main process
+    say: Callable  # prints a line above the progress bar, on the main process only
 
     @property
     def names(self):
@@ -264,7 +264,7 @@ def train_step(run, step, check_stop):
     """Sample, score, backward, update: one optimizer step -> its row of metrics.csv.
 
     loss = -(weighted sum of rewards), averaged over micro-batches and processes. check_stop() may
-    raise before any micro-batch: the weights are then still those of the step before.
+    raise before any micro-batch; the weights are then still those of the previous step.
     """
     args, accelerator, optimizer, began = run.args, run.accelerator, run.optimizer, time.perf_counter()
     process, processes = accelerator.process_index, accelerator.num_processes
@@ -281,7 +281,7 @@ def train_step(run, step, check_stop):
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
         prompts, *start = run.data.batch(run.shape, numbers)
         with ExitStack() as local:
-            for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients once, after the last
+            for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients only after the last
                 local.enter_context(accelerator.no_sync(part.network))
             conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
             images = sample(prompts, *start, conditions=conditions, **recompute)
@@ -289,14 +289,14 @@ def train_step(run, step, check_stop):
                 args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
             )
             if not objective.requires_grad:
-                raise UserError("no reward in use is differentiable in the images: there is nothing to learn from")
+                raise UserError("no reward is differentiable in the images; train on at least one that is")
             accelerator.backward(-objective.mean() / accumulation)
         cut += count_cut(run.networks.tokenizer, prompts)
         parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
     parameters = optimizer_parameters(optimizer)
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
-    # Average over all processes, so that all of them make the same decision.
+    # Average over all processes, so that they all decide alike whether to skip this update.
     here = torch.cat([torch.stack(parts).mean(dim=0), torch.tensor([cut * processes], device=accelerator.device)])
     *means, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
     skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
@@ -318,7 +318,7 @@ def train_step(run, step, check_stop):
 
 
 def save(run, step):
-    """Write a checkpoint: the weights, their moving average if there is one, and what a resumed run needs."""
+    """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
     epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
     if run.ema:
@@ -332,7 +332,7 @@ def optimizer_parameters(optimizer):
 
 
 def is_due(every, step, last_step):
-    """Whether something that happens every `every` steps (0: only first and last) happens after this step."""
+    """Whether to run a periodic task after this step: every `every` steps (0 = never) and at steps 0 and last_step."""
     return step in (0, last_step) or bool(every and step % every == 0)
 
 

@@ -1,7 +1,7 @@
 """What only a CUDA GPU can show, in about ten minutes: sh run_tests.sh -m gpu
 
-Training and evaluation are compared with fp32 on the CPU, memory with the table in speed/README.md. Gradients are compared
-relative to their length, not weights: where a true gradient is nearly 0, Adam turns rounding into whole steps.
+Training and evaluation are compared with fp32 on the CPU, memory with the table in speed/README.md. Training compares
+gradients by their length, not weights: where a true gradient is nearly 0, Adam turns rounding into whole steps.
 """
 
 import csv
@@ -185,7 +185,7 @@ def test_evaluation_on_the_gpu_is_evaluation_on_the_cpu(tmp_path):
     ids=["text encoder", "text encoder, 4 images", "UNet", "evaluation"],
 )
 def test_full_size_needs_the_memory_that_readme_says(options, peak):
-    """SD v1.5 and the four reward models with random weights; README leaves two GiB for CUDA and its allocator."""
+    """SD v1.5 and the four reward models with random weights, with two GiB more for CUDA and its allocator."""
     gc.collect()
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < (peak + 3) * 2**30:

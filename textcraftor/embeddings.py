@@ -1,7 +1,7 @@
-"""Prompt embeddings: what the UNet is told of the prompts.
+"""Prompt embeddings: what the UNet is conditioned on.
 
-Conditions are keyword arguments of the UNet, a dict of tensors with a row a prompt: for Stable Diffusion v1
-{"encoder_hidden_states": (B, L, D)}. Everything but `encode_prompts` works for any others, such as SDXL's added ones.
+Conditions are keyword arguments of the UNet, a dict of tensors with one row per prompt: for Stable Diffusion v1
+{"encoder_hidden_states": (B, L, D)}. Everything except `encode_prompts` also takes other tensors, such as SDXL's.
 """
 
 from threading import Lock
@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 
 Conditions = dict[str, torch.Tensor]
-_tokenizing = Lock()  # a tokenizer keeps the settings of the call at work: one thread at a time
+_tokenizing = Lock()  # tokenizers store the current call's settings: one thread at a time
 
 
 def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
@@ -20,11 +20,11 @@ def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
 
 
 def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple[Conditions, Conditions]:
-    """Conditions for both parts of the sampler, each of 2B rows, the B unconditional ones first.
+    """Original and tuned conditions for the sampler, each of 2B rows, the B unconditional ones first.
 
-    networks: a models.Networks. Returns (of the original encoder, without gradient; weighting * tuned +
-    (1 - weighting) * original), the second from one forward pass of the tuned encoder over "" and all prompts, or the
-    first again if both encoders are one.
+    networks: a models.Networks. Returns (the original encoder's, without gradient; weighting * tuned +
+    (1 - weighting) * original). The tuned encoder runs once, on "" and all prompts. If both encoders are the same
+    object, both results are too.
     """
     with torch.no_grad():
         conditional = encode_prompts(networks.tokenizer, networks.original_encoder, prompts)
@@ -45,6 +45,6 @@ def guidance_pair(conditions: Conditions) -> Conditions:
 
 
 def count_cut(tokenizer, prompts: list[str]) -> int:
-    """How many of the prompts have more tokens than the text encoder reads, and lose their end."""
+    """How many prompts have more tokens than the text encoder reads and are truncated."""
     lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)

@@ -1,4 +1,4 @@
-"""Files: written whole (under another name first, renamed when complete), JSON read with clear errors, disk space."""
+"""Write files atomically (temporary name first, then renamed), read JSON with clear errors, check disk space."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ from textcraftor.errors import UserError, first_line
 
 @contextlib.contextmanager
 def write_whole(path: Path | str) -> Iterator[Path]:
-    """Give a path beside `path`, with its suffix, to write to; it is renamed to `path` when the block ends.
+    """Yield a temporary path in the same folder, with the same suffix; rename it to `path` when the block ends.
 
-    Nobody ever sees half a file: if the block raises, the unfinished file is removed and an older `path` is kept.
-    Folders are made as needed. The file has the permissions of any new file (the umask), although safetensors makes
+    Nobody ever sees half a file: if the block raises, the temporary file is removed and an existing `path` is kept.
+    Creates folders as needed. The file has the permissions of any new file (the umask), although safetensors makes
     files that only their owner can read. Raises UserError if the file system refuses (full, read-only, no permission).
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Content hashes: the same file or network under another path or name is the same."""
+"""Content hashes of files and networks, whatever their paths and names."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ def file_hash(path: Path | str) -> str:
 
 
 def weights_hash(network: torch.nn.Module) -> str:
-    """sha256 of a network's weights in fp32, in their order, whatever file and names they came under."""
+    """sha256 of a network's weights in fp32, in order, independent of their file and names."""
     digest = hashlib.sha256()
     for weight in network.state_dict().values():
         digest.update(str(tuple(weight.shape)).encode())
@@ -25,9 +25,9 @@ def weights_hash(network: torch.nn.Module) -> str:
 
 
 def run_content(model, text_encoder, rewards, functions) -> dict:
-    """Hashes of the models of a training run, by which a resumed run can tell whether it still has the same.
+    """Hashes of the models that a training run uses, so that --resume can detect changes.
 
-    model: a models.Model; text_encoder: the one to start from; rewards: those trained on; functions:
+    model: a models.Model; text_encoder: where training starts; rewards: those trained on; functions:
     {path/to/file.py:name: a user's own reward}.
     """
     content = {"model": [weights_hash(network) for network in (model.text_encoder, model.unet, model.vae)]}

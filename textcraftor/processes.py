@@ -1,4 +1,4 @@
-"""One run's processes: its precision, accelerate's Accelerator, and signals that ask it to stop."""
+"""Precision, accelerate's Accelerator, and stop signals of a training run."""
 
 import contextlib
 import signal
@@ -20,7 +20,7 @@ from textcraftor.run_folder import read_options
 
 
 def settle_precision(args):
-    """Replace args.mixed_precision "auto" by "no", "fp16" or "bf16" -> why, for the start line.
+    """Replace args.mixed_precision "auto" by "no", "fp16" or "bf16" -> the reason, for the start line.
 
     A resumed run keeps the precision it began with, even on other hardware.
     """
@@ -28,7 +28,7 @@ def settle_precision(args):
         args.mixed_precision = read_options(args.output_path).get("mixed_precision", "auto")
         if args.mixed_precision != "auto":
             return "as when this run began"
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator will start it
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # the same as Accelerator's
     args.mixed_precision, why = choose_precision(args.mixed_precision, device)
     return why
 
@@ -36,29 +36,29 @@ def settle_precision(args):
 def make_accelerator(args, loss_scale):
     """Accelerate's processes, precision and trackers for training.
 
-    Every setting that affects a gradient is given here, since accelerate would otherwise read it from environment
-    variables. loss_scale: the first one, for fp16. Raises UserError for ways to split a network that are not supported.
+    Sets everything that affects gradients explicitly; otherwise accelerate would read it from environment variables.
+    loss_scale: initial loss scale for fp16. Raises UserError for unsupported sharding.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the training step accumulates itself
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # train_step accumulates
         log_with=args.report_to or None,
         project_dir=Path(args.output_path),
         kwargs_handlers=[
-            AutocastKwargs(cache_enabled=False),  # the cache may hold weights that were cast without gradient
+            AutocastKwargs(cache_enabled=False),  # the cache may hold weights cast under no_grad
             GradScalerKwargs(init_scale=loss_scale),
             # DistributedDataParallel averages gradients. The UNet runs K times before one backward pass, and DDP sends
-            # each weight's gradient after the last of them. Buffers are constants: no need to broadcast them, which
-            # would have the processes wait for each other during validation.
+            # each weight's gradient after the last of them. Buffers are constants; broadcasting them would
+            # only make the processes wait for each other during validation.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 matmuls on tensor cores; convolutions do so by default
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 matmuls on tensor cores, as convolutions by default
     if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
-        raise UserError(f"{accelerator.distributed_type.value}: not supported; to split a network, use FSDP version 2")
+        raise UserError(f"{accelerator.distributed_type.value}: not supported; to shard a network, use FSDP version 2")
     if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
-        raise UserError("FSDP splits one network: train the text encoder and the UNet one after the other")
+        raise UserError("FSDP can shard only one network; train the text encoder first, then the UNet")
     if accelerator.is_fsdp2 and args.ema:
         raise UserError("--ema does not work with FSDP; leave it out")
     return accelerator

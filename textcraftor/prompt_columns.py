@@ -31,7 +31,7 @@ _NESTED_START = re.compile(r"""\{\s*["'}]|\[\s*(["'{\[\]]|-?\d)""")
 
 
 def kind_of(values) -> str | None:
-    """What a sample of a column's values holds that can be no prompts, such as "URLs"; None if half may be prompts."""
+    """What a sample of a column's values holds that cannot be prompts, such as "URLs"; None if half may be prompts."""
     kinds = [_kind(value) for value in values if value is not None and value != "" and value == value]
     kinds = [kind for kind in kinds if kind != "empty"]
     refused = Counter(kind for kind in kinds if kind)
@@ -53,7 +53,7 @@ def choose_column(path, names: list, samples: list) -> int:
     found = f"found {', '.join(shown)}"
     if named:
         name, kind = names[named[0][1]], kinds[named[0][1]]
-        raise UserError(f"{path}: the column `{_shown(name)}` holds {kind}, no prompts; {found}; expected text there")
+        raise UserError(f"{path}: the column `{_shown(name)}` holds {kind}, not prompts; {found}; expected text there")
     able = [index for index, kind in enumerate(kinds) if not kind and any(samples[index])]
     if len(able) > 1:
         able = [index for index in able if _wordy(samples[index])]

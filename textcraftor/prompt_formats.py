@@ -81,7 +81,7 @@ def _lines(path):
 
 def _check_texts(path, texts):
     if kind := kind_of(texts):
-        raise UserError(f"{path}: holds {kind}, no prompts; expected one prompt per line")
+        raise UserError(f"{path}: holds {kind}, not prompts; expected one prompt per line")
 
 
 def _text(path):

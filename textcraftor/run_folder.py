@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its options, and metrics.csv with one row a step."""
+"""What a run writes down as it goes: its options, and metrics.csv with one row per step."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from textcraftor.errors import UserError, first_line
-from textcraftor.files import check_writable, write_whole
+from textcraftor.files import check_writable, read_json_object, write_whole
 
 OPTIONS_FILE = "options.json"
 
@@ -29,14 +29,7 @@ def check_folder(folder, resume):
 
 def read_options(folder):
     """The options that the run in `folder` recorded, a dict; UserError if the file is damaged."""
-    path = Path(folder) / OPTIONS_FILE
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} cannot be read ({first_line(problem)}); start another run elsewhere") from problem
-    if not isinstance(options, dict):
-        raise UserError(f"{path} holds no options of a run; start another run elsewhere")
-    return options
+    return read_json_object(Path(folder) / OPTIONS_FILE, "start another run elsewhere")
 
 
 class Record:

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from textcraftor.checkpoints import save_weights
+from textcraftor.checkpoints import has_room, save_weights
 from textcraftor.files import write_whole
 from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
@@ -35,8 +35,11 @@ def look(run, step, count, check_stop):
     if count == len(run.data.held_out) and "val_total" not in run.record.rows[-1]:
         means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
         if means["val_total"] > run.record.best("val_total"):
-            with run.averaged():
-                save_weights(run.accelerator, run.trained, run.output, "_best")
+            if has_room(run.accelerator, run.output, run.trained):
+                with run.averaged():
+                    save_weights(run.accelerator, run.trained, run.output, "_best")
+            else:
+                run.say(f"step {step}: the best weights so far, NOT SAVED: the disk of {run.output} is full")
         if is_main and step == 0:
             save_look(scores, images, run.output / "resume" / "before.safetensors")
         run.record.amend(means)
@@ -53,7 +56,7 @@ def validate(accelerator, make, rewards, monitors, prompts, batch_size, keep, be
     """Score the images of held-out prompts, each from its own fixed noise.
 
     make: (prompts, indices) -> images (B, 3, H, W) in [0, 1]; rewards: a RewardSum; monitors: rewards to score only.
-    The processes share the batches, and each makes equally many, for networks that are split among processes.
+    The processes share the batches and each runs the same number of them, as networks split among processes require.
     between() is called before each batch and may raise. Returns ({name: (N,) float64 scores, unscaled; "total": their
     weighted sum}, the first `keep` images, uint8 on the CPU).
     """

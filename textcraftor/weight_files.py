@@ -230,9 +230,11 @@ def read_folder(folder: Path, meta: bool = False) -> list[State]:
     names = sorted(path.name for path in folder.iterdir())
     files = choose_files(names)
     if not files:
-        config = "only a configuration" if "config.json" in names else f"only {', '.join(names[:4]) or 'nothing'}"
+        found = (
+            ", only a configuration" if "config.json" in names else f", only {', '.join(names[:4])}" if names else ""
+        )
         raise UserError(
-            f"{folder}: no weights in it, {config}; expected model.safetensors, diffusion_pytorch_model.safetensors or "
+            f"{folder}: no weights in it{found}; expected model.safetensors, diffusion_pytorch_model.safetensors or "
             "the like (or name the weight file itself)"
         )
     shards = int(WEIGHT_FILE.fullmatch(files[0])["shards"] or 1)
