@@ -51,7 +51,7 @@ def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
 
 
 def has_room(accelerator, folder: Path, trained: list[Trained]) -> bool:
-    """Whether the disk has room for one more checkpoint. The main process looks, so that all processes get one answer."""
+    """Whether the disk has room for one more checkpoint; the main process answers for all, so that they act alike."""
     answer = [accelerator.is_main_process and free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN]
     return broadcast_object_list(answer)[0]
 
