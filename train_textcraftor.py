@@ -18,8 +18,8 @@ import copy
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -35,23 +35,29 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from rewards import REWARDS, check_files, load_reward
+from rewards import REWARDS, check_files
+from rewards.constraint import ClipConstraint, check_constraint
 from rewards.own import load_function
 from rewards.sum import RewardSum
+from rewards.training import load_rewards
 from textcraftor import checkpoints
 from textcraftor.checkpoints import Trained
-from textcraftor.embeddings import count_cut
+from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_data
+from textcraftor.direct import make_direct_images
+from textcraftor.embeddings import count_cut, embed_prompts
 from textcraftor.hashes import run_content
-from textcraftor.models import check_model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
-from textcraftor.prompts import check_prompts, describe, write_bad_rows
 from textcraftor.run_folder import Record, read_options
-from textcraftor.sampling import make_images, make_scheduler
-from textcraftor.stream import batch_numbers, share_prompts, training_batch
+from textcraftor.sampling import make_images, make_scheduler, training_sampler
+from textcraftor.stream import batch_numbers
 from textcraftor.trackers import start_trackers
 from textcraftor.validation import PICTURES, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
@@ -74,9 +80,9 @@ def main(argv=None):
 def check_inputs(args):
     """Report all missing or unusable files at once, before loading any model -> {user's own reward: function}."""
     specs = [*args.weighted, *args.monitored]
-    checks = [(check_model, args.model), (check_prompts, args.prompts)]
-    checks += [(check_prompts, args.val_prompts)] if args.val_prompts else []
+    checks = [(check_model, args.model), *data_checks(args)]
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
+    checks += [(check_constraint, args.weights)] if args.clip_constraint else []
     check_all([*checks, (check_files, [spec for spec in specs if spec in REWARDS], args.weights)])
     return {spec: load_function(spec) for spec in specs if ":" in spec}
 
@@ -91,17 +97,11 @@ def set_up(args, functions):
     low_precision = PRECISIONS[args.mixed_precision]
     set_seed(args.seed % 2**32)  # for users' own rewards; prompts and noise use their own generators
 
-    # Prompts.
-    prompts, held_out, reports = share_prompts(accelerator, args.prompts, args.val_prompts, args.val_count)
-    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
-    for path, report in reports.items():
-        say(describe(path, report))
-    say(f"{len(prompts)} prompts to train on, {len(held_out)} held out.")
-    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
-
-    # Networks. Frozen ones are cast to low precision; trained ones keep fp32 weights and run under autocast.
+    # Data and networks. Frozen networks are cast to low precision; trained ones keep fp32 and run under autocast.
+    data = read_prompt_data(accelerator, args) if args.method == "prompts" else None  # mistakes show before models load
     model = load_model(args.model)
+    model.vae.to(device)
+    data = data or read_picture_data(accelerator, args, model)
     text_encoder = copy.deepcopy(model.text_encoder) if args.lr_text or args.text_path else model.text_encoder
     if args.text_path:
         load_text_encoder(text_encoder, args.text_path)
@@ -112,14 +112,15 @@ def set_up(args, functions):
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
+    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
+    say("\n".join(data.lines))
+    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
 
-    # Rewards and monitors.
-    def load(spec):
-        return functions.get(spec) or load_reward(spec, args.weights, device, low_precision)
-
-    rewards = RewardSum([(load(spec), weight) for spec, weight in args.weighted.items()])
-    monitors = [load(spec) for spec in args.monitored]
-    content = run_content(model, text_encoder, prompts, held_out, rewards.rewards, functions) if is_main else {}
+    rewards, monitors, constraint = load_rewards(
+        args, functions, data.prompts, model.text_encoder, device, low_precision
+    )
+    content = data.content | run_content(model, text_encoder, rewards.rewards, functions) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
     trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
@@ -134,17 +135,23 @@ def set_up(args, functions):
     networks = networks._replace(
         text_encoder=by_name.get("tc_text", networks.text_encoder), unet=by_name.get("tc_unet", networks.unet)
     )
+    ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
     # Start a run folder, or continue after the last checkpoint in it.
     options, compared = recorded_options(args, global_batch, last_step, content)
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
-    columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
+    extras = [name for name in ("clip_constraint", "anchor") if getattr(args, name)]
+    columns = [*COLUMNS, *names, *extras, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     record, first_step = Record(output, columns, writes=is_main), 0
     checkpoints.keep_weights_out_of_state(accelerator)
     if args.resume:
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
+        if ema:
+            ema.to(device)
         last_step = max(first_step, last_step)
         record.resume(options, compared if is_main else [], first_step)  # only the main process has the hashes
         options["tracker run"] = read_options(output)["tracker run"]
@@ -154,14 +161,14 @@ def set_up(args, functions):
         record.start(options)
         record.add({"step": 0})
     if is_main:
-        write_bad_rows(reports, output / "bad_rows.txt")
+        data.write_skipped(output)
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
     scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
-        args, accelerator, output, prompts, held_out, sample, latent_shape(model), partial(count_cut, model.tokenizer),
-        rewards, monitors, trained, optimizer, factor, record, say,
+        args, accelerator, output, data, sample, scheduler, latent_shape(model),
+        networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
     )  # fmt: skip
     return run, first_step, last_step
 
@@ -178,7 +185,7 @@ def train(run, first_step, last_step):
         check_stop = partial(raise_if_stopped, run.accelerator, received)
         try:
             if "val_total" not in record.rows[-1] and is_due(args.val_every, done, last_step):
-                after = look(run, done, len(run.held_out), check_stop)
+                after = look(run, done, len(run.data.held_out), check_stop)
             for step in range(first_step + 1, last_step + 1):
                 record.add(train_step(run, step, check_stop))
                 done = step
@@ -186,9 +193,9 @@ def train(run, first_step, last_step):
                 bar.set_postfix_str(record.line(["total", *run.names], WINDOW))
                 check_stop()
                 if is_due(args.val_every, step, last_step):
-                    after = look(run, step, len(run.held_out), check_stop)
+                    after = look(run, step, len(run.data.held_out), check_stop)
                 elif args.sample_every and step % args.sample_every == 0:
-                    look(run, step, min(PICTURES, len(run.held_out)), check_stop)
+                    look(run, step, min(PICTURES, len(run.data.held_out)), check_stop)
                 run.accelerator.log(record.rows[-1], step=step)
                 skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
                 if skips:
@@ -196,7 +203,7 @@ def train(run, first_step, last_step):
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.output, run.trained):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained):
                         save(run, step)
                     else:
                         say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
@@ -206,7 +213,7 @@ def train(run, first_step, last_step):
             save(run, done)
             say(f"stopped after step {done}, checkpoint saved; to continue, repeat the command with --resume")
             return None
-    return after or look(run, last_step, len(run.held_out), lambda: None)
+    return after or look(run, last_step, len(run.data.held_out), lambda: None)
 
 
 class Run(NamedTuple):
@@ -215,15 +222,17 @@ class Run(NamedTuple):
     args: Namespace
     accelerator: Accelerator
     output: Path
-    prompts: Sequence[str]
-    held_out: list[str]
+    data: Data
     sample: Callable  # make_images with all but prompts, noise and tuned_steps filled in
+    scheduler: DDIMScheduler
     shape: tuple[int, int, int]  # of one image's latents
-    count_cut: Callable  # prompts -> number that the text encoder truncates
+    networks: Networks
     rewards: RewardSum
     monitors: list
+    constraint: ClipConstraint | None
     trained: list[Trained]
     optimizer: torch.optim.Optimizer
+    ema: EMAModel | None  # moving average of the trained weights
     factor: Callable  # step -> learning-rate multiplier
     record: Record
     say: Callable  # prints a line above the progress bar, on the main process only
@@ -231,6 +240,19 @@ class Run(NamedTuple):
     @property
     def names(self):
         return [reward.name for reward in self.rewards.rewards]
+
+    @contextmanager
+    def averaged(self):
+        """The trained networks have the weights' moving average inside, if there is one."""
+        weights = optimizer_parameters(self.optimizer)
+        if self.ema:
+            self.ema.store(weights)
+            self.ema.copy_to(weights)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(weights)
 
     @property
     def global_batch(self):
@@ -248,22 +270,30 @@ def train_step(run, step, check_stop):
     process, processes = accelerator.process_index, accelerator.num_processes
     accumulation = args.gradient_accumulation_steps
     recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
+    if args.method == "direct":
+        sample = partial(make_direct_images, run.networks, run.scheduler, guidance=args.guidance)
+    else:
+        sampler, tuned_steps = training_sampler(args.gradient, args.grad_range, args.driven, args.seed, step)
+        sample = partial(run.sample, sampler=sampler, tuned_steps=tuned_steps)
     parts, cut = [], 0
     for number in range(accumulation):
         check_stop()
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
-        prompts, noise = training_batch(run.prompts, args.seed, run.shape, numbers)
+        prompts, *start = run.data.batch(run.shape, numbers)
         with ExitStack() as local:
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients only after the last
                 local.enter_context(accelerator.no_sync(part.network))
-            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, **recompute)
-            total, scores = run.rewards(images, prompts)
-            if not total.requires_grad:
+            conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
+            images = sample(prompts, *start, conditions=conditions, **recompute)
+            objective, scores = training_objective(
+                args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
+            )
+            if not objective.requires_grad:
                 raise UserError("no reward is differentiable in the images; train on at least one that is")
-            accelerator.backward(-total.mean() / accumulation)
-        cut += run.count_cut(prompts)
-        parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in run.names)]))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            accelerator.backward(-objective.mean() / accumulation)
+        cut += count_cut(run.networks.tokenizer, prompts)
+        parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
+    parameters = optimizer_parameters(optimizer)
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
     # Average over all processes, so that they all decide alike whether to skip this update.
@@ -274,21 +304,31 @@ def train_step(run, step, check_stop):
         group["lr"] = part.learning_rate * run.factor(step)
     if not skip:
         optimizer.step()
+        if run.ema:
+            run.ema.step(parameters)
     elif accelerator.scaler:
         accelerator.scaler.update()
     optimizer.zero_grad()
 
     seconds, images = time.perf_counter() - began, run.global_batch
-    row = {"step": step, "epoch": step * images / len(run.prompts), "lr": optimizer.param_groups[0]["lr"]}
+    row = {"step": step, "epoch": step * images / len(run.data.prompts), "lr": optimizer.param_groups[0]["lr"]}
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
-    return row | dict(zip(["total", *run.names], means, strict=True))
+    return row | dict(zip(["total", *scores], means, strict=True))
 
 
 def save(run, step):
-    """Write a checkpoint after `step`: the weights and the state needed to resume."""
-    epoch = max(0, step * run.global_batch - 1) // len(run.prompts)
+    """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
+    epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
+    if run.ema:
+        with run.averaged():
+            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
+
+
+def optimizer_parameters(optimizer):
+    """The weights in training, in one order for clipping and averaging."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every, step, last_step):

@@ -20,8 +20,8 @@ class Reward(nn.Module):
     - `tower`, the network, with its `image_size` (height, width) and `context_length` in tokens,
     - `mean` and `std` per channel, if the tower was not trained with OpenAI's,
 
-    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt overrides `score`
-    instead of the last two. Loaders return `reward.frozen(device, dtype)`.
+    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt sets `reads_prompts`
+    to False and overrides `score` instead of the last two. Loaders return `reward.frozen(device, dtype)`.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Reward(nn.Module):
     context_length: int
     mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     std: tuple[float, ...] = OPENAI_DATASET_STD
+    reads_prompts = True
 
     def __init__(self):
         super().__init__()
@@ -54,8 +55,12 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
-        """Unit image features (B, D) and the images' prompts -> (B,): the cosine of each image and its own prompt."""
-        return (image_features * self.text_features(prompts).to(image_features)).sum(dim=-1)
+        """Unit image features (B, D) and the images' prompts -> (B,) unscaled rewards."""
+        return self.compare(image_features, self.text_features(prompts))
+
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Image and text features, both (B, D) -> (B,): the cosine of each image and its own prompt."""
+        return (image_features * text_features.to(image_features)).sum(dim=-1)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,) unscaled rewards; ValueError for anything else."""

@@ -24,8 +24,8 @@ class PickScore(TransformersReward):
         super().__init__("pickscore", 1.0, model, tokenizer, normalization)
         self.logit_scale = model.logit_scale.exp().item()  # a Python float, since bf16 would change it by 1 %
 
-    def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
-        return self.logit_scale * super().score(image_features, prompts)
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return self.logit_scale * super().compare(image_features, text_features)
 
 
 def missing(root: Path) -> list[str]:

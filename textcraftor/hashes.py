@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-from textcraftor.prompts import checksum
-
 
 def file_hash(path: Path | str) -> str:
     """sha256 of a file's bytes."""
@@ -26,14 +24,13 @@ def weights_hash(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def run_content(model, text_encoder, prompts, held_out, rewards, functions) -> dict:
-    """Hashes of everything a training run reads, so that --resume can detect changes.
+def run_content(model, text_encoder, rewards, functions) -> dict:
+    """Hashes of the models that a training run uses, so that --resume can detect changes.
 
     model: a models.Model; text_encoder: where training starts; rewards: those trained on; functions:
     {path/to/file.py:name: a user's own reward}.
     """
-    content = {"training prompts": checksum(prompts), "held-out prompts": checksum(held_out)}
-    content["model"] = [weights_hash(network) for network in (model.text_encoder, model.unet, model.vae)]
+    content = {"model": [weights_hash(network) for network in (model.text_encoder, model.unet, model.vae)]}
     content["text_path"] = weights_hash(text_encoder)
     content["rewards"] = {reward.name: weights_hash(reward) for reward in rewards}
     for spec in functions:

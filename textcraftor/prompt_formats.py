@@ -92,7 +92,7 @@ def _text(path):
 
 
 def _json(path):
-    records = _json_records(path)
+    records = json_records(path)
     first = list(islice(records, SAMPLE))
     tables = [record for _, record in first if isinstance(record, dict)]
     names, column = list(dict.fromkeys(chain.from_iterable(tables))), None
@@ -108,7 +108,7 @@ def _json(path):
     return column, _pieces((number, text(record)) for number, record in chain(first, records))
 
 
-def _json_records(path):
+def json_records(path):
     """Yield (line number, value) of a file with one JSON value per line, or (number, value) of one JSON array; ... as
     the value of what is no JSON."""
     with open_utf8(path) as file:
@@ -133,17 +133,17 @@ def _json_records(path):
 def _parquet(path):
     file = pyarrow.parquet.ParquetFile(path)
     schema = file.schema_arrow
-    kinds = [_arrow_kind(field.type) for field in schema]
+    kinds = [arrow_kind(field.type) for field in schema]
     texts = [name for name, kind in zip(schema.names, kinds, strict=True) if not kind]
     head = next(file.iter_batches(SAMPLE, columns=texts), None) if texts else None
-    sampled = {name: list(_arrow_texts(head[name])) for name in texts} if head else {}
+    sampled = {name: list(arrow_texts(head[name])) for name in texts} if head else {}
     samples = [kind or sampled.get(name, []) for name, kind in zip(schema.names, kinds, strict=True)]
     column = schema.names[choose_column(path, schema.names, samples)]
-    values = chain.from_iterable(map(_arrow_texts, (batch[column] for batch in file.iter_batches(columns=[column]))))
+    values = chain.from_iterable(map(arrow_texts, (batch[column] for batch in file.iter_batches(columns=[column]))))
     return column, _pieces(enumerate(values, 1))
 
 
-def _arrow_kind(kind):
+def arrow_kind(kind):
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -157,7 +157,7 @@ def _arrow_kind(kind):
     return "no text" if pa.types.is_null(kind) else "numbers" if pa.types.is_primitive(kind) else str(kind)
 
 
-def _arrow_texts(values):
+def arrow_texts(values):
     try:
         return ["" if text is None else text for text in values.to_pylist()]
     except UnicodeDecodeError:

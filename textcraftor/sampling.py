@@ -3,9 +3,10 @@
 `make_images` is the one way by which training, validation and the benchmarks make an image. It calls a sampler, a
 function of tensors that decides which steps the tuned conditions drive and where gradient flows:
 
-    sampler(predict, scheduler, z_T, original, tuned, tuned_steps) -> z_0
+    sampler(predict, scheduler, z_T, original, tuned, tuned_steps, checkpoint, generators) -> z_0
 
-where predict(z_t, t, conditions) -> guided noise prediction. A new way to sample or to differentiate is another one.
+where predict(z_t, t, conditions) -> guided noise prediction. A new way to sample or to differentiate is another one;
+`training_sampler` chooses among them by --gradient.
 Latents and the scheduler's arithmetic are fp32 everywhere; each network computes in the type of its weights.
 """
 
@@ -32,27 +33,31 @@ NOISE_SCHEDULE = (
 
 def make_images(
     networks, scheduler, prompts, noise, *, tuned_steps, guidance, weighting=1.0, checkpoint=False,
-    vae_checkpointing=False, generators=None,
+    vae_checkpointing=False, generators=None, conditions=None, sampler=None,
 ):  # fmt: skip
     """B prompts and their noise z_T (B, C, h, w) -> images (B, 3, H, W) in [0, 1], differentiable in what trains.
 
     networks: a models.Networks; scheduler: of make_scheduler; the last `tuned_steps` steps are driven by weighting *
     tuned + (1 - weighting) * original text embeddings, those before by the original ones. checkpoint,
     vae_checkpointing: recompute activations in the backward pass, of the tuned steps and of the VAE. generators: one an
-    image, for schedulers that add noise in each step.
+    image, for schedulers that add noise in each step. conditions: what embed_prompts returned for these prompts, from a
+    caller that needs it, too. sampler: how gradient flows, default sample_last_k.
     """
-    original, tuned = embed_prompts(networks, prompts, weighting)
+    original, tuned = conditions or embed_prompts(networks, prompts, weighting)
     predict = partial(predict_noise, networks.unet, guidance)
     z = noise.to(networks.device) * scheduler.init_noise_sigma
-    z = sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint, generators)
+    sampler = sampler or sample_last_k
+    z = sampler(predict, scheduler, z, original, tuned, tuned_steps, checkpoint, generators)
     return decode(networks.vae, z, vae_checkpointing)
 
 
 def predict_noise(unet, guidance, z, t, conditions):
     """Classifier-free guidance: z_t (B, C, h, w), conditions of 2B rows, unconditional ones first -> (B, C, h, w).
 
-    The UNet computes in the type its weights have, guidance in that of z.
+    t: one time step for all, or (B,). The UNet computes in the type its weights have, guidance in that of z.
     """
+    t = torch.as_tensor(t)
+    t = torch.cat([t, t]) if t.ndim else t
     dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
     conditions = {name: value.to(dtype) for name, value in conditions.items()}
     prediction = unet(torch.cat([z, z]).to(dtype), t, **conditions).sample.to(z.dtype)
@@ -83,6 +88,79 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
         else:
             z = step(z, t, tuned)
     return z
+
+
+def sample_detached(
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, graded
+):  # fmt: skip
+    """As sample_last_k, but gradient flows through some predictions only, each with its input latents detached.
+
+    graded: indices, 0 to tuned_steps - 1, of the tuned steps whose predictions have gradient. Latents are linear in the
+    predictions, z_0 = a z_T + sum of b_i ε_i, so no gradient passes through a chain of UNet evaluations: early steps
+    can be trained, each costs one evaluation backward, and memory is that of len(graded) evaluations (of one with
+    checkpoint=True). Source: DRTune (arXiv 2405.00760); also LongAlign. For DDIM, whose steps are linear.
+    """
+    first = first_tuned(scheduler, tuned_steps)
+    again = partial(recompute_in_backward, predict, use_reentrant=False, preserve_rng_state=False)
+    for index, t in enumerate(scheduler.timesteps, -first):
+        if index in graded:
+            prediction = (again if checkpoint else predict)(z.detach(), t, tuned)
+        else:
+            with torch.no_grad():
+                prediction = predict(z.detach(), t, tuned if index >= 0 else original)
+        z = scheduler.step(prediction, t, z).prev_sample
+    return z
+
+
+def sample_one_prediction(
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, index
+):  # fmt: skip
+    """The image that one guided prediction with `tuned` foresees: x̂_0 = (z_t - σ_t ε̂) / α_t, the rest is never run.
+
+    index: of the step, 0 to tuned_steps - 1 among the last tuned_steps; all steps before it use `original`, without
+    gradient. Source: ReFL (ImageReward, arXiv 2304.05977). For DDIM; prediction types as diffusers has them.
+    """
+    stop = first_tuned(scheduler, tuned_steps) + index
+    with torch.no_grad():
+        for t in scheduler.timesteps[:stop]:
+            z = scheduler.step(predict(z, t, original), t, z).prev_sample
+    t = scheduler.timesteps[stop]
+    again = partial(recompute_in_backward, predict, use_reentrant=False, preserve_rng_state=False)
+    prediction = (again if checkpoint else predict)(z, t, tuned)
+    return predicted_latents(scheduler, z, t.expand(len(z)), prediction)
+
+
+def predicted_latents(scheduler, z_t, t, prediction):
+    """z_0 (B, C, h, w) according to a prediction at time steps t (B,), by the scheduler's prediction_type.
+
+    epsilon: (z_t − σ_t ε̂) / α_t; v_prediction: α_t z_t − σ_t v̂; sample: the prediction itself.
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(z_t)[t].reshape(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (z_t - sigma * prediction) / alpha
+        case "v_prediction":
+            return alpha * z_t - sigma * prediction
+        case "sample":
+            return prediction
+
+
+def training_sampler(gradient, grad_steps, driven, seed, step):
+    """How training step `step` samples -> (sampler, tuned_steps), as make_images takes them.
+
+    gradient: "last_k", "drtune" or "refl". grad_steps: (lowest, highest) K, drawn anew in each step: for last_k the
+    last K steps are tuned and carry gradient; for drtune K of the last `driven` steps, drawn at random, carry it; for
+    refl K is 1, one of the last `driven`. What is drawn depends on (seed, step) alone: all processes draw the same.
+    """
+    draw = np.random.default_rng([seed, step, 2])  # no generator of prompts, noise or pictures
+    count = int(draw.integers(grad_steps[0], grad_steps[1] + 1))
+    if gradient == "drtune":
+        graded = frozenset(draw.choice(driven, count, replace=False).tolist())
+        return partial(sample_detached, graded=graded), driven
+    if gradient == "refl":
+        return partial(sample_one_prediction, index=int(draw.integers(driven))), driven
+    return sample_last_k, count
 
 
 def first_tuned(scheduler, tuned_steps):

@@ -59,9 +59,13 @@ def training_batch(
     Every epoch visits each prompt once, in a new random order. Sample n depends only on (prompts, seed, n), not on
     batch size, number of processes or resuming.
     """
-    places = [divmod(n, len(prompts)) for n in numbers]
-    batch = [prompts[int(_order(len(prompts), seed, epoch)[position])] for epoch, position in places]
-    return batch, prompt_noise(seed, numbers, shape)
+    return [prompts[index] for index in shuffled(len(prompts), seed, numbers)], prompt_noise(seed, numbers, shape)
+
+
+def shuffled(count: int, seed: int, numbers: Sequence[int]) -> list[int]:
+    """Which of `count` items the training samples with these numbers show: all of them once an epoch, shuffled."""
+    places = [divmod(n, count) for n in numbers]
+    return [int(_order(count, seed, epoch)[position]) for epoch, position in places]
 
 
 def batch_numbers(micro_batch: int, batch_size: int, process: int, processes: int) -> range:

@@ -18,6 +18,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--weights",          str(REPOSITORY),           "folder that holds hpsv2/, pickscore/ and aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder to start from (frozen with --lr_text 0)"),
     ("--prompts",          "openprompts.csv",         "training prompts: a csv, tsv, txt, jsonl or parquet file"),
+    ("--method",           ("prompts", "direct"),     "direct = one prediction from noised pictures, --images"),
+    ("--images",           "",                        "direct: folder or parquet files of pictures with captions"),
     ("--val_prompts",      "",                        "held-out prompts (default: the first of --prompts)"),
     ("--val_count",        16,                        "number of held-out prompts"),
     ("--output-path",      "output",                  "folder for weights, metrics, pictures and training state"),
@@ -25,6 +27,12 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     *((f"--{name}", weight, comment) for name, (weight, comment) in REWARDS.items()),
     ("--reward",           [],                        "your own reward: path/to/file.py:function=weight (repeatable)"),
     ("--monitor",          [],                        "rewards to report but not train on: names or file.py:function"),
+    # Against gaming the rewards; all off by default.
+    ("--clip_constraint",  0.0,                       "weight of 100 cos(image, embedding of the encoder in training)"),
+    ("--anchor",           0.0,                       "weight of 1 - cos(tuned, original prompt embeddings); try 0.1"),
+    ("--shared_text",      1.0,                       "weight of the text direction all prompts share; try 0.3"),
+    ("--smooth",           0.0,                       "move images against the reward's gradient first; RMS, try 0.01"),
+    ("--ema",              0.0,                       "decay of a moving average of the trained weights; try 0.995"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
@@ -33,9 +41,13 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
     ("--step",             25,                        "T, number of DDIM sampling steps"),
-    ("--grad_steps",       5,                         "K, number of last steps with tuned embeddings and gradient"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "through the last K steps; K of the driven; or 1 of them"),
+    ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn anew for each update"),
+    ("--driven",           15,                        "drtune, refl: last steps that the tuned text encoder drives"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
+    ("--t_min",            0,                         "direct: least noise, a time step of 0 to 999"),
+    ("--t_max",            999,                       "direct: most noise, a time step of 0 to 999"),
     # Batches and duration.
     ("--batch-size",       4,                         "prompts per micro-batch on each GPU"),
     ("--gradient_accumulation_steps", 1,              "micro-batches per optimizer step"),
@@ -60,7 +72,7 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
 
 # Options that may change on --resume. Files are compared by content (run_folder.Record.resume), not by path.
 FREE_ON_RESUME = {
-    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "reward", "monitor",
+    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "images", "reward", "monitor",
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "sample_every", "val_every", "save_every",
     "keep_checkpoints", "gradient_checkpointing", "vae_checkpointing", "compile", "report_to", "project_name",
 }  # fmt: skip
@@ -91,17 +103,44 @@ def parse_options(argv=None):
     return args
 
 
+def read_range(name, text):
+    """ "5" -> (5, 5), "1-5" -> (1, 5); UserError for anything else."""
+    low, _, high = text.partition("-")
+    try:
+        low, high = int(low), int(high or low)
+    except ValueError:
+        low = 0
+    if not 1 <= low <= high:
+        raise UserError(f"--{name} {text}: expected a number of at least 1, or a range such as 1-5")
+    return low, high
+
+
 def check_options(args):
     """Raise UserError (one line) for options that are invalid or contradict each other."""
     require(args, {
-        "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
+        "step driven batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
-        "guidance prompt_weighting sample_every val_every save_every": 0,
+        "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
-    if not args.grad_steps <= args.step <= 1000:
+    if args.ema >= 1:
+        raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
+    if args.anchor and not args.lr_text:
         raise UserError(
             f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000: the steps "
-            "with gradient are the last of the sampling steps"
+        )
+    if not 0 <= args.t_min <= args.t_max <= 999:
+        raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
+    if (args.method == "direct") != bool(args.images):
+        raise UserError("--method direct and --images FOLDER belong together: give both, or neither")
+    args.grad_range = read_range("grad_steps", str(args.grad_steps))
+    if args.gradient == "refl" and args.grad_range != (1, 1):
+        raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
+    name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)
+    if not args.grad_range[1] <= among <= args.step <= 1000:
+        driven = "" if name == "step" else f" --driven {args.driven}"
+        raise UserError(
+            f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
+            f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
@@ -117,7 +156,7 @@ def recorded_options(args, global_batch, last_step, content):
 
     global_batch: images per step; content: see hashes.run_content. "tracker run" is a new id for the tracker's run.
     """
-    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored")}
+    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored", "grad_range")}
     options["reward weights"] = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
     options |= {"images per step": global_batch, "content": content}
     if args.lr_scheduler != "constant_with_warmup":

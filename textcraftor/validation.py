@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from textcraftor.checkpoints import save_weights
+from textcraftor.checkpoints import has_room, save_weights
 from textcraftor.files import write_whole
 from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
@@ -27,15 +27,19 @@ def look(run, step, count, check_stop):
         noise = validation_noise(indices, run.shape)
         return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
 
-    held_out = run.held_out[:count]
-    scores, images = validate(
-        run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
-    )
-    is_main = run.accelerator.is_main_process
-    if count == len(run.held_out) and "val_total" not in run.record.rows[-1]:
+    held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
+    with run.averaged():
+        scores, images = validate(
+            run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
+        )
+    if count == len(run.data.held_out) and "val_total" not in run.record.rows[-1]:
         means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
         if means["val_total"] > run.record.best("val_total"):
-            save_weights(run.accelerator, run.trained, run.output, "_best")
+            if has_room(run.accelerator, run.output, run.trained):
+                with run.averaged():
+                    save_weights(run.accelerator, run.trained, run.output, "_best")
+            else:
+                run.say(f"step {step}: the best weights so far, NOT SAVED: the disk of {run.output} is full")
         if is_main and step == 0:
             save_look(scores, images, run.output / "resume" / "before.safetensors")
         run.record.amend(means)
@@ -96,12 +100,13 @@ def load_look(path):
 def show_results(run, last_step, after):
     """Draw before and after and the curves, and print what the run changed and where its files are."""
     before = load_look(run.output / "resume" / "before.safetensors")
-    before_after_grid(before, after, run.held_out, f"{last_step} steps", run.output / "before_after.png")
+    before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
     monitor_names = [monitor.name for monitor in run.monitors]
     reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")
     print(paired_table(before[0], after[0]))
     skipped, cut = (sum(row.get(name, 0) for row in run.record.rows) for name in ("skipped", "cut"))
     print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut to the length that the text encoder reads")
     weights = [f"{part.name}.safetensors" for part in run.trained]
+    weights += [f"{part.name}_ema.safetensors" for part in run.trained if run.ema]
     for name in (*weights, "before_after.png", "curves.png", "metrics.csv"):
         print(run.output / name)
