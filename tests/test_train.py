@@ -458,6 +458,16 @@ def test_bad_rows_are_said_and_skipped(work, command, capsys):
     assert Path("output/bad_rows.txt").read_text().splitlines() == numbers
 
 
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_options(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    for name, *_ in training_options.OPTIONS:
+        assert f"{name} " in said, name
+    assert "none = 12 % less compute" in " ".join(said.split())
+
+
 def test_the_script_exits_with_the_line_alone(work):
     done = script("--grad_steps", 30)
     assert done.returncode != 0 and done.stdout == ""

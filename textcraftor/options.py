@@ -48,7 +48,7 @@ def make_parser(description, options):
             how |= {"type": type(default)}
         if how.get("default") not in (None, "", []):
             comment += f" (default: {how['default']})"
-        parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment, **how)
+        parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment.replace("%", "%%"), **how)
 
     def fail(message):
         raise UserError(f"{message} (--help lists all options)")
