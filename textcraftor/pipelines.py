@@ -32,7 +32,9 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
     Attaching again replaces what was attached. Raises UserError if the pipeline or the encoder is of another kind.
     """
     name = type(pipeline).__name__
-    if not all(hasattr(pipeline, needed) for needed in ("unet", "encode_prompt", "num_timesteps")):
+    if not hasattr(pipeline, "unet") or not all(
+        hasattr(type(pipeline), needed) for needed in ("encode_prompt", "num_timesteps")
+    ):
         raise UserError(f"{name}: expected a pipeline of diffusers for Stable Diffusion v1 or SDXL")
     own = pipeline.text_encoder
     if not _is_clip(own):
