@@ -35,7 +35,9 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
         args.guidance = json.loads((REPOSITORY / "miniature" / "defaults.json").read_text())["guidance"]
     require(args, {"seed": 0})
     paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]
-    check_all([(check, args.model), *((check_text_encoder, path) for path in paths)])
+    files = [(getattr(args, name, ""), f"--{name}") for name in ("image", "mask")]
+    checks = [(read_picture, path, option) for path, option in files if path]
+    check_all([(check, args.model), *((check_text_encoder, path) for path in paths), *checks])
     return args
 
 

@@ -38,8 +38,8 @@ def main(argv=None):
     for weights in weights_of(len(encoders)):
         attach_encoder(pipeline, list(zip(encoders, weights, strict=True)), TEST_TUNED_STEPS)
         pictures.append([draw(pipeline, args)])
-        notes.append(f"original {1 - sum(weights):.2g}, tuned " + ", ".join(f"{weight:.2g}" for weight in weights))
-    write(args, pictures, notes, "mixed text embeddings")
+        notes.append(" / ".join(f"{weight:.3g}" for weight in (1 - sum(weights), *weights)))
+    write(args, pictures, notes, "weights of the original text embeddings / the tuned ones")
 
 
 if __name__ == "__main__":
