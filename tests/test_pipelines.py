@@ -270,8 +270,10 @@ def test_mistakes_are_said_in_one_line(pipeline, tuned):
         (stock, CLIPTextModelWithProjection(tuned.config), 5, "is a CLIPTextModelWithProjection"),
         (stock, wide, 5, "width 16"),
         (stock, "absent.safetensors", 5, "no such weights|absent"),
-        (stock, [], 5, "weights of the tuned encoders"),
-        (stock, [(tuned, float("nan"))], 5, "finite"),
+        (stock, [], 5, "found nothing"),
+        (stock, [tuned, (tuned, 0.5)], 5, "found CLIPTextModel, 0.5"),
+        (stock, [(tuned, float("nan"))], 5, "finite weights; found nan"),
+        (stock, (tuned, 0.5), 5, "is a tuple"),
         (stock, tuned, -1, "tuned_steps is -1"),
         (stock, tuned, 2.5, "tuned_steps is 2.5"),
     ):

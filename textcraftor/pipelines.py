@@ -8,6 +8,7 @@ encoder stands in for the first of the two (Figure 7).
 import inspect
 import math
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from transformers import CLIPTextModel
@@ -21,13 +22,14 @@ from textcraftor.weight_files import load_text_encoder
 def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
     """Let a tuned text encoder drive the last steps of each later call of `pipeline(prompt, …)`.
 
-    pipeline: a pipeline of diffusers for SD v1 or SDXL; its arguments, callbacks included, all work as before, except
-    that it must encode the prompts itself. Other pipelines that share its networks stay as they are.
-    tuned: a CLIPTextModel, or weights as load_text_encoder takes them; or several with their weights, [(tuned, w), …],
-    for Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (Figures 4 and 5). An encoder moves to the pipeline's device with the first prompt.
-    tuned_steps: the last steps of a call, at least 0. Image to image skips the first steps and keeps as many of these.
-    Steps count, not evaluations: second-order schedulers evaluate the UNet twice in each step but the last, and PNDM
-    twice in the first.
+    pipeline: a pipeline of diffusers for SD v1 or SDXL. It takes the same arguments as before, except prompt_embeds and
+    negative_prompt_embeds: it must encode the prompts itself. Other pipelines that share its networks do not change.
+    A callback_on_step_end still works, but prompt_embeds that it returns have no effect in the tuned steps.
+    tuned: a CLIPTextModel, or weights as load_text_encoder takes them; or a list [(tuned, w), …] of several with their
+    weights, for Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (Figures 4 and 5). With the next prompt it moves to the pipeline's device.
+    tuned_steps: how many steps at the end of a call, at least 0. Image to image, which skips the first steps, has as
+    many tuned ones as text to image. What counts is steps, not evaluations of the UNet: second-order schedulers need
+    two for each step but the last, and PNDM two for the first.
 
     Attaching again replaces what was attached. Raises UserError if the pipeline or the encoder is of another kind.
     """
@@ -43,8 +45,12 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
     if not isinstance(tuned_steps, int) or tuned_steps < 0:
         raise UserError(f"tuned_steps is {tuned_steps!r}; expected a whole number of steps, 0 or more")
     pairs = tuned if isinstance(tuned, list) else [(tuned, 1.0)]
-    if not pairs or not all(math.isfinite(weight) for _, weight in pairs):
-        raise UserError(f"the weights of the tuned encoders are {[w for _, w in pairs]}; expected finite numbers")
+    weights = [pair[1] if isinstance(pair, tuple) and len(pair) == 2 else type(pair).__name__ for pair in pairs]
+    if not weights or not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+        raise UserError(
+            "a list of tuned text encoders needs pairs (tuned, weight) with finite weights; found "
+            f"{', '.join(map(str, weights)) or 'nothing'}"
+        )
     switch = _Switch(pipeline, [(_fitting(each, own), weight) for each, weight in pairs], tuned_steps)
     pipeline.encode_prompt, pipeline.progress_bar = switch.encode_prompt, switch.progress_bar
 
@@ -62,7 +68,7 @@ def _is_clip(encoder):
 
 def _fitting(tuned, own):
     """The tuned text encoder, checked; a new one like the pipeline's own if `tuned` names weights."""
-    if not isinstance(tuned, torch.nn.Module):
+    if isinstance(tuned, (str, Path)):
         encoder = CLIPTextModel(own.config).to(own.dtype).eval().requires_grad_(False)
         load_text_encoder(encoder, tuned)
         return encoder
