@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -286,6 +287,10 @@ def test_mistakes_are_said_in_one_line(pipeline, tuned):
         stock(prompt_embeds=embeddings, negative_prompt_embeds=embeddings)
     with pytest.raises(UserError, match="pass the prompt"):
         draw(stock, negative_prompt_embeds=embeddings)
+    perturbed = build(StableDiffusionPAGPipeline, pipeline, unet=copy.deepcopy(pipeline.unet))
+    attach_encoder(perturbed, tuned, 1)
+    with pytest.raises(UserError, match="on 6 prompt embeddings; expected 2 or 4"):
+        draw(perturbed, callback_on_step_end=lambda *step: pytest.fail("only after a step"))
     attach_encoder(stock, small, 5)
     with pytest.raises(UserError, match="textual inversion"):
         draw(stock)

@@ -136,16 +136,16 @@ class _Switch:
 
         def replace(module, args, kwargs):
             nonlocal evaluation
-            left = steps - evaluation // order
-            evaluation += module is pipeline.unet  # a ControlNet comes before it
-            if left > self.tuned_steps and total > self.tuned_steps:
-                return None
             rows = len(kwargs["encoder_hidden_states"])
-            if rows not in self.rows:
+            if self.tuned_steps and rows not in self.rows:  # said in the first step
                 raise UserError(
                     f"{type(pipeline).__name__} runs its UNet on {rows} prompt embeddings; expected "
                     f"{' or '.join(map(str, self.rows))}: its kind of guidance is not supported"
                 )
+            left = steps - evaluation // order
+            evaluation += module is pipeline.unet  # a ControlNet comes before it
+            if left > self.tuned_steps and total > self.tuned_steps:
+                return None
             return args, kwargs | {"encoder_hidden_states": self.rows[rows]}
 
         with ExitStack() as hooks:
