@@ -29,6 +29,8 @@ TRAINING = {
     "no_clip aesthetic":          ((0, 1, 0, 0),      5, "text", 256),
     "grad_steps 5":               (PAPER,             5, "text", 256),
     "grad_steps 15":              (PAPER,            15, "text", 256),
+    "clip_constraint":            ((0, 1, 1, 100),    5, "text", 256),
+    "direct pictures":            (PAPER,             5, "text", 256),
     "weights 200 3 1 100":        ((200, 3, 1, 100),  5, "text", 256),
     "weights 100 3 2 100":        ((100, 3, 2, 100),  5, "text", 256),
 }
@@ -94,12 +96,14 @@ def test_training_recipes_have_the_papers_settings(call):
             found = [options.weighted.get(name, 0) * scale for name, scale in SCALES.items()]
             assert found == pytest.approx(weights, rel=1e-5), recipe
             rates = (1e-6, 0.0) if tuned == "text" else (0.0, 1e-6)
-            assert (options.grad_steps, options.lr_text, options.lr_unet) == (k, *rates), recipe
+            assert (options.grad_range, options.lr_text, options.lr_unet) == ((k, k), *rates), recipe
             assert (options.step, options.guidance, options.max_steps) == (25, 7.5, 10_000), recipe
             assert images_per_update(done, options) == images, (recipe, gpus)
             assert options.save_every == 77 and Path(options.output_path).parent == call.clone, recipe
     assert parse_options(call("unet")[1]).text_path == f"{call.clone}/output_paper/tc_text.safetensors"
     assert parse_options(call("unet_alone")[1]).text_path == ""
+    assert parse_options(call("clip_constraint")[1]).clip_constraint == 1
+    assert parse_options(call("direct pictures")[1]).images == "pictures"
 
     # The same number of images in smaller micro-batches, on other numbers of GPUs and on several nodes.
     for arguments, how in (
@@ -115,12 +119,13 @@ def test_training_recipes_have_the_papers_settings(call):
     # The miniature keeps the batch, K and learning rate that suit it; the weights are the row's.
     options = parse_options(call("single_reward hpsv2", "--model", "miniature")[1])
     assert options.weighted == {"clip": 1, "hpsv2": 1}
-    assert (options.batch_size, options.gradient_accumulation_steps, options.grad_steps) == (16, 1, 15)
+    assert (options.batch_size, options.gradient_accumulation_steps, options.grad_range) == (16, 1, (15, 15))
     assert options.output_path == f"{call.clone}/output_miniature_hpsv2"
 
     for recipe, *arguments in (
         ("single_reward",), ("single_reward clips",), ("weights 100 1",), ("weights 100 1 1 --model", "miniature"),
-        ("grad_steps",), ("paper", "--batch-size", "0"), ("released", "--batch-size", "64"), ("test_mix hpsv2",),
+        ("direct",), ("grad_steps",), ("paper", "--batch-size", "0"),
+        ("released", "--batch-size", "64"), ("test_mix hpsv2",),
     ):  # fmt: skip
         done, given = call(recipe, *arguments)
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and not given, (recipe, done)
