@@ -54,7 +54,9 @@ def main(argv=None):
         "which the tuned encoder drives in the lower row"
     )
     if cut:
-        note += f" · the last {cut} words are beyond the {model.tokenizer.model_max_length} tokens that the model reads"
+        note += (
+            f" · words beyond the {model.tokenizer.model_max_length} tokens that the model reads, without maps: {cut}"
+        )
     save(heatmap_page(args.prompt, words, *drawn, note), args.output_path)
     print(f"wrote {args.output_path}")
 

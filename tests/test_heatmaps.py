@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import heatmaps
 from textcraftor.errors import UserError
 from textcraftor.heatmap_options import parse_options
 from textcraftor.heatmaps import AttentionRecorder, draw_with_maps, heatmap_page, prompt_words, word_maps
@@ -53,8 +52,7 @@ class NaiveAttention:
 
     def attend(self, name, heads):
         def hook(module, arguments, keys):
-            # The layer itself sees both halves of guidance; the recorder, only the conditional one.
-            if len(keys) == 2 and len(self.query[name]) == 2:
+            if len(keys) == 2:  # the layer's own call, with both halves of guidance, not the recorder's
                 self.maps.append(self.image_maps(self.query[name][1], keys[1], heads))
 
         return hook
@@ -158,7 +156,7 @@ def test_tokens_are_grouped_into_words():
 
 
 def test_the_page_has_a_column_a_word_and_one_scale_for_both_maps():
-    words, _ = prompt_words(clip_tokenizer(), "红 fox 🦊 fox " + " ".join("abcdefgh"))
+    words, _ = prompt_words(clip_tokenizer(), "红 fox and fox " + " ".join("abcdefgh"))
     image, flat = torch.zeros(3, 64, 64), torch.full((len(words), 8, 8), 0.25)
     peak = flat.clone()
     peak[:, 0, 0] = 0.75
@@ -172,15 +170,12 @@ def test_the_page_has_a_column_a_word_and_one_scale_for_both_maps():
     assert same.size == page.size
 
 
-def test_the_program_makes_a_picture(stable_diffusion, tuned, tmp_path):
+def test_the_program_makes_a_picture(stable_diffusion, tuned, tmp_path, capsys):
     save_text_encoder(tuned.state_dict(), tmp_path / "tc_text.safetensors")
     arguments = ["--model", stable_diffusion, "--text_path", tmp_path / "tc_text.safetensors", "-o", tmp_path / "a.png"]
-    run = subprocess.run(
-        [sys.executable, "heatmaps.py", "a fox 🦊 红", *map(str, arguments), "--step", "2", "--grad-steps", "1"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "4 words, 2 images of 2 steps" in run.stdout and [path.name for path in tmp_path.glob("*.png")] == ["a.png"]
+    heatmaps.main(["a fox 🦊 红", *map(str, arguments), "--step", "2", "--grad-steps", "1"])
+    assert "4 words, 2 images of 2 steps" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.png")] == ["a.png"]  # no unfinished one beside it
     page = Image.open(tmp_path / "a.png")
     assert page.format == "PNG" and page.width > 5 * 192 and len(page.getcolors(10**6)) > 1000
 
@@ -209,7 +204,5 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
         args = parse_options("", ["fox", *text, "--model", "miniature", *given])
         assert (args.guidance, Path(args.model).name) == (guidance, "stable-diffusion")
 
-    missing = ["heatmaps.py", "fox", "--model", "nowhere", "--text_path", "none.safetensors"]
-    run = subprocess.run([sys.executable, *missing], cwd=REPOSITORY, capture_output=True, text=True)
-    assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert run.stderr.startswith("error: nowhere: no such model") and "none.safetensors: no such" in run.stderr
+    with pytest.raises(UserError, match="nowhere: no such model.*\n.*none.safetensors: no such weights"):
+        heatmaps.main(["fox", "--model", "nowhere", "--text_path", "none.safetensors"])
