@@ -4,9 +4,10 @@ Heat maps of words: where the UNet attends to each word of a prompt, with the or
 $ python heatmaps.py "a red fox and a blue cat" --text_path output/tc_text.safetensors
 $ python heatmaps.py "a red fox and a blue cat" --text_path output/tc_text.safetensors --model miniature -o fox.png
 
-Draws the prompt twice from the same noise and writes one picture: above with the original encoder in all steps, below
-with the tuned one in the last --grad_steps. Beside each image stands the cross-attention of every word, averaged over
-heads, layers and those last steps: the steps before are the same in both. Without guidance's unconditional half.
+The program draws the prompt twice from the same noise and writes one picture. The upper row shows the image of the
+original encoder, the lower row the image for which the tuned encoder drove the last --grad_steps steps. Beside each
+image stands a map for every word: the cross-attention of guidance's conditional half, averaged over heads, layers and
+those last steps. The steps before them are left out, since both images share them.
 """
 
 from textcraftor.errors import run_program

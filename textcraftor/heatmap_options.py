@@ -17,7 +17,7 @@ OPTIONS = (
     ("--model",            "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`"),
     ("-o --output_path",   "heatmaps.png",            "the picture to write, a PNG file"),
     ("--step",             25,                        "T, number of DDIM steps"),
-    ("--grad_steps",       TEST_TUNED_STEPS,          "K, last steps: under the tuned encoder, and in the maps"),
+    ("--grad_steps",       TEST_TUNED_STEPS,          "K, last steps, driven by the tuned encoder and mapped"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--seed",             TEST_SEED,                 "seed of the noise, which both images share"),
     ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "of the networks; the maps are always fp32"),
