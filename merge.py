@@ -1,0 +1,58 @@
+"""
+Merge tuned text encoders into one file: the sum of w_i W_i, and 1 minus the sum of all w_i times the original's weights.
+
+Two encoders and a tenth of the original one, for tools that take a single encoder:
+$ python merge.py a.safetensors=0.6 b.safetensors=0.3 -o c.safetensors
+
+Half way to one encoder, or beyond it:
+$ python merge.py a.safetensors=0.5 -o half.safetensors
+$ python merge.py a.safetensors=1.3 -o more.safetensors
+
+To mix embeddings instead, as the paper does, name several encoders with --text_path in test_parti.py and test_hpsv2.py.
+"""
+
+from pathlib import Path
+
+from textcraftor.errors import UserError, run_program
+from textcraftor.exporting.options import check_new_file
+from textcraftor.mixing import parse_weighted
+from textcraftor.options import make_parser
+
+# fmt: off
+OPTIONS = (
+    ("-o --output_path",   "",                        "file to write, such as c.safetensors"),
+    ("--base",             "./stable-diffusion-v1-5", "original encoder: folder, file or hub id; or `miniature`"),
+)
+# fmt: on
+
+
+def parse_options(argv=None):
+    """Command line -> options, checked, with `encoders` [mixing.Weighted] among them."""
+    parser = make_parser(__doc__, OPTIONS)
+    parser.add_argument(
+        "encoders", nargs="+", metavar="PATH=WEIGHT", help="a tuned encoder and its weight (default: 1)"
+    )
+    args = parser.parse_args(argv)
+    args.encoders = [parse_weighted(spec) for spec in args.encoders]
+    if args.base == "miniature":
+        args.base = str(Path(__file__).resolve().parent / "miniature" / "stable-diffusion")
+    if not args.output_path:
+        raise UserError("-o is missing: name the file to write, such as -o c.safetensors")
+    check_new_file(args.output_path)
+    return args
+
+
+def main(argv=None):
+    args = parse_options(argv)
+
+    from textcraftor.merging import merge  # only now: mistakes are reported before PyTorch is imported
+    from textcraftor.options import check_all
+    from textcraftor.weight_files import check_text_encoder
+
+    check_all([(check_text_encoder, path) for path, _ in args.encoders])
+    formula = merge(args.encoders, args.base, args.output_path)
+    print(f"{args.output_path} = {formula}")
+
+
+if __name__ == "__main__":
+    run_program(main)
