@@ -1,7 +1,7 @@
 """
-Merge tuned text encoders into one file: the sum of w_i W_i, and 1 minus the sum of all w_i times the original's weights.
+Merge tuned text encoders into one file: the sum of all w_i W_i, and of the original encoder what is missing to 1.
 
-Two encoders and a tenth of the original one, for tools that take a single encoder:
+Two encoders and, since 0.6 + 0.3 + 0.1 = 1, a tenth of the original one, for tools that take a single encoder:
 $ python merge.py a.safetensors=0.6 b.safetensors=0.3 -o c.safetensors
 
 Half way to one encoder, or beyond it:
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.exporting.options import check_new_file
-from textcraftor.mixing import parse_weighted
+from textcraftor.mixing import original_share, parse_weighted
 from textcraftor.options import make_parser
 
 # fmt: off
@@ -49,7 +49,8 @@ def main(argv=None):
     from textcraftor.options import check_all
     from textcraftor.weight_files import check_text_encoder
 
-    check_all([(check_text_encoder, path) for path, _ in args.encoders])
+    paths, weights = zip(*args.encoders, strict=True)
+    check_all([(check_text_encoder, path) for path in (*paths, *([args.base] if original_share(weights) else []))])
     formula = merge(args.encoders, args.base, args.output_path)
     print(f"{args.output_path} = {formula}")
 

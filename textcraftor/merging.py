@@ -1,14 +1,13 @@
 """Merge the weights of several tuned text encoders into one, for tools that take only one."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
 
 from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
-from textcraftor.mixing import Weighted, mix
+from textcraftor.mixing import Weighted, mix, original_share
 from textcraftor.weight_files import read_text_encoder
 from textcraftor.weights import check_finite, check_fit, save_tensors
 
@@ -19,8 +18,8 @@ def merge(encoders: list[Weighted], base: str, output: Path | str) -> str:
     encoders: paths, as load_text_encoder takes them, and their weights; base: a model whose text encoder is W₀, read
     only if the weights do not add up to 1. Raises UserError if names or shapes differ, and for NaN or infinity.
     """
-    rest = 1 - math.fsum(weight for _, weight in encoders)
-    terms = [*encoders, Weighted(base, rest)] if rest else encoders
+    share = original_share([weight for _, weight in encoders])
+    terms = [*encoders, Weighted(base, share)] if share else encoders
     states = [read_text_encoder(path) for path, _ in terms]
     for (path, _), state in zip(terms[1:], states[1:], strict=True):
         check_same(state, path, states[0], terms[0].encoder)

@@ -87,8 +87,8 @@ def model_card(repo: str, form: str, file: str, model: str, text_path: str, run:
     names = {"repo": repo, "file": file, "base": base}
     parts = [f"---\n{data.to_yaml()}\n---\n# {repo.split('/')[1]}"]
     parts += [
-        f"The text encoder of {base}, fine-tuned with rewards by [TextCraftor]({PAPER}). The original encoder drives the "
-        f"first {STEPS - TEST_TUNED_STEPS} of {STEPS} steps, this one the last {TEST_TUNED_STEPS}."
+        f"The text encoder of {base}, fine-tuned with rewards by [TextCraftor]({PAPER}). The original encoder drives "
+        f"the first {STEPS - TEST_TUNED_STEPS} of {STEPS} steps, this one the last {TEST_TUNED_STEPS}."
     ]
     if form in CODE:
         switch = SWITCH.format(last_original=STEPS - TEST_TUNED_STEPS - 1, steps=STEPS)

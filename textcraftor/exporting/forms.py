@@ -15,14 +15,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextConfig
 
+from textcraftor import models
 from textcraftor.errors import UserError, first_line
 from textcraftor.exporting.lora import diffusers_lora, kohya_lora, lora_of_difference
 from textcraftor.exporting.original_names import LDM_TEXT, LDM_UNET, LDM_VAE, original_text, original_unet, original_vae
 from textcraftor.files import write_whole
-from textcraftor.models import SD_V1_CONFIGS, fetch_model, load_model
 from textcraftor.weight_files import load_public_state
 from textcraftor.weights import read_states, save_tensors
 
+SCHEDULER_CONFIG = "scheduler_config.json"
 State = dict[str, torch.Tensor]
 
 
@@ -70,8 +71,8 @@ def model_configs(model: str) -> Path:
     """The folder that holds the configurations of the model's parts."""
     path = Path(model)
     if path.is_file():
-        return SD_V1_CONFIGS
-    return path if path.is_dir() else fetch_model(model)
+        return models.SD_V1_CONFIGS
+    return path if path.is_dir() else models.fetch_model(model)
 
 
 def save_encoder_folder(configs: Path, tuned: State, folder: Path, dtype: torch.dtype) -> None:
@@ -93,7 +94,8 @@ def save_encoder_folder(configs: Path, tuned: State, folder: Path, dtype: torch.
 
 def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) -> None:
     """A whole StableDiffusionPipeline with the tuned text encoder, for from_pretrained; no safety checker."""
-    tokenizer, text_encoder, unet, vae, scheduler_config = load_model(model)
+    configs = model_configs(model)
+    tokenizer, text_encoder, unet, vae, scheduler_config = models.load_model(model)
     load_public_state(text_encoder, tuned, "--text_path")
     kind = getattr(diffusers, scheduler_config.get("_class_name", "PNDMScheduler"))
     parts = [part.to(dtype=dtype, memory_format=torch.contiguous_format) for part in (vae, text_encoder, unet)]
@@ -103,9 +105,11 @@ def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) ->
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)
-    save_encoder_folder(
-        folder / "text_encoder", tuned, folder / "text_encoder", dtype
-    )  # under names for transformers 4
+    # What the constructor or transformers 5 write otherwise: the scheduler's own settings, and for transformers 4 the
+    # tokenizer's vocabulary and the text encoder's names.
+    shutil.copyfile(configs / "scheduler" / SCHEDULER_CONFIG, folder / "scheduler" / SCHEDULER_CONFIG)
+    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    save_encoder_folder(configs / "text_encoder", tuned, folder / "text_encoder", dtype)
 
 
 def checkpoint_state(model: str, tuned: State) -> tuple[State, str]:
@@ -119,7 +123,7 @@ def checkpoint_state(model: str, tuned: State) -> tuple[State, str]:
             kept = {name: value for name, value in state.items() if not name.startswith(LDM_TEXT)}
             # Pickles may hold tensors that share memory, which safetensors refuses.
             return {name: value.clone() for name, value in kept.items()} | original_text(tuned), ""
-    loaded = load_model(model)
+    loaded = models.load_model(model)
     state = original_unet(loaded.unet) | original_vae(loaded.vae) | original_text(tuned)
     prediction = loaded.scheduler_config.get("prediction_type", "epsilon")
     note = "" if prediction == "epsilon" else f". This model's prediction type is {prediction}: choose it there"

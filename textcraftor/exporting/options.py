@@ -15,14 +15,14 @@ REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # fmt: off
 OPTIONS = (
     ("--text_path",        "",                        "tuned text encoder: a weight file, folder or hub id"),
-    ("--model",            "./stable-diffusion-v1-5", "SD v1 it was tuned from: folder, file or hub id; or `miniature`"),
+    ("--model",            "./stable-diffusion-v1-5", "its SD v1: folder, single file or hub id; or `miniature`"),
     ("--form",             (*FOLDER_FORMS, *FILE_FORMS), "what to write, see above"),
     ("-o --output_path",   "",                        "folder or .safetensors file to write; must not exist yet"),
     ("--half",             False,                     "write fp16 instead of fp32"),
     ("--lora_rank",        16,                        "rank of the LoRA; more is closer to the tuned encoder"),
     ("--push_to_hub",      "",                        "USER/NAME on the hub to upload to, with a model card"),
     ("--private",          False,                     "make a new hub repository private"),
-    ("--run",              "",                        "training run for the model card (default: --text_path's folder)"),
+    ("--run",              "",                        "run for the model card (default: --text_path's folder)"),
 )
 # fmt: on
 
