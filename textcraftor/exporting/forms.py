@@ -23,6 +23,7 @@ from textcraftor.files import write_whole
 from textcraftor.weight_files import load_public_state
 from textcraftor.weights import read_states, save_tensors
 
+LDM_EMA = "model_ema."
 SCHEDULER_CONFIG = "scheduler_config.json"
 State = dict[str, torch.Tensor]
 
@@ -45,8 +46,8 @@ def export(form: str, model: str, original: State, tuned: State, output: Path, d
         save_tensors(cast(tuned, dtype), output)
         return "ComfyUI: models/text_encoders, node Load CLIP, type stable_diffusion"
     if form == "checkpoint":
-        state, note = checkpoint_state(model, tuned)
-        save_tensors(cast(state, dtype), output)
+        state, note = checkpoint_state(model, tuned, dtype)
+        save_tensors(state, output)
         return f"ComfyUI: models/checkpoints; A1111: models/Stable-diffusion{note}"
     factors, error = lora_of_difference(original, tuned, rank)
     if form == "lora":
@@ -112,22 +113,25 @@ def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) ->
     save_encoder_folder(configs / "text_encoder", tuned, folder / "text_encoder", dtype)
 
 
-def checkpoint_state(model: str, tuned: State) -> tuple[State, str]:
+def checkpoint_state(model: str, tuned: State, dtype: torch.dtype) -> tuple[State, str]:
     """A whole SD v1 under the original code's names with the tuned text encoder -> (state dict, note for the user).
 
-    If the base is itself such a file, everything in it but the text encoder stays as it is.
+    If the base is itself such a file, all else in it stays as it is, except that fp16 makes all networks fp16.
     """
+    text = original_text(cast(tuned, dtype))
     if Path(model).is_file():
         state = max(read_states(model), key=lambda state: len(state.tensors)).tensors
         if all(any(name.startswith(prefix) for name in state) for prefix in (LDM_TEXT, LDM_UNET, LDM_VAE)):
-            kept = {name: value for name, value in state.items() if not name.startswith(LDM_TEXT)}
             # Pickles may hold tensors that share memory, which safetensors refuses.
-            return {name: value.clone() for name, value in kept.items()} | original_text(tuned), ""
+            kept = {name: value.clone() for name, value in state.items() if not name.startswith(LDM_TEXT)}
+            networks = {name: value for name, value in kept.items() if name.startswith((LDM_UNET, LDM_VAE, LDM_EMA))}
+            # The noise schedule, which lies beside the networks, keeps its precision.
+            return kept | (cast(networks, dtype) if dtype == torch.float16 else {}) | text, ""
     loaded = models.load_model(model)
-    state = original_unet(loaded.unet) | original_vae(loaded.vae) | original_text(tuned)
+    networks = cast(original_unet(loaded.unet) | original_vae(loaded.vae), dtype)
     prediction = loaded.scheduler_config.get("prediction_type", "epsilon")
     note = "" if prediction == "epsilon" else f". This model's prediction type is {prediction}: choose it there"
-    return state, note
+    return networks | text, note
 
 
 @contextlib.contextmanager
