@@ -16,7 +16,7 @@ from pathlib import Path
 from textcraftor.errors import UserError, run_program
 from textcraftor.exporting.options import check_new_file
 from textcraftor.mixing import original_share, parse_weighted
-from textcraftor.options import make_parser
+from textcraftor.options import check_all, make_parser
 
 # fmt: off
 OPTIONS = (
@@ -46,7 +46,6 @@ def main(argv=None):
     args = parse_options(argv)
 
     from textcraftor.merging import merge  # only now: mistakes are reported before PyTorch is imported
-    from textcraftor.options import check_all
     from textcraftor.weight_files import check_text_encoder
 
     paths, weights = zip(*args.encoders, strict=True)

@@ -64,6 +64,12 @@ COMFYUI = {
     "lora": "Put `{file}` into `models/loras/`; load it with *Load LoRA*.",
     "lora_kohya": "Put `{file}` into `models/loras/`; load it with *Load LoRA*. In A1111: `models/Lora/`.",
 }
+SHARE = 1 - TEST_TUNED_STEPS / STEPS
+COMFYUI_SWITCH = (
+    "To keep the original encoder in the first steps, encode the prompts with both, pass the original's through "
+    f"*ConditioningSetTimestepRange* with 0 to {SHARE:g} and the tuned one's with {SHARE:g} to 1, and join them with "
+    "*ConditioningCombine*."
+)
 
 
 def find_run(run: str, text_path: str) -> Path | None:
@@ -95,7 +101,7 @@ def model_card(repo: str, form: str, file: str, model: str, text_path: str, run:
         code = CODE[form].format(**names, embed=EMBED)
         parts += [f"## In diffusers\n\n```python\n{BEGIN}{code}{switch}```"]
     if form in COMFYUI:
-        parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)}"]
+        parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {COMFYUI_SWITCH}"]
     if "lora" in form:
         parts += [f"This LoRA approximates the difference of two encoders. {note[:1].upper()}{note[1:]}."]
     if run:
