@@ -251,6 +251,18 @@ def test_what_cannot_be_exported_is_one_clear_line(stable_diffusion, tuned, tmp_
     assert not file.exists() and not folder.exists()
 
 
+def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported torch')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for words, message in (
+        (["export.py", "--text_path", "x"], "error: --output_path is missing"),
+        (["merge.py", "a.safetensors=much", "-o", "c.safetensors"], "error: a.safetensors=much: much is no weight"),
+    ):
+        command = [sys.executable, ROOT / words[0], *words[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.startswith(message), done.stderr
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as making a repository, committing to it and reading files from it need."""
 
