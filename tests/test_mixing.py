@@ -1,10 +1,12 @@
 """Several tuned text encoders: their specifications, their embeddings mixed, their weights merged."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import merge
 from textcraftor.errors import UserError
 from textcraftor.mixing import Weighted, mix, parse_weighted
-from textcraftor.weight_files import read_text_encoder
+from textcraftor.models import latent_shape, load_model, make_networks
+from textcraftor.sampling import decode, make_images, make_scheduler, prompt_noise
+from textcraftor.weight_files import load_text_encoder, read_text_encoder
 
 
 def test_a_specification_is_a_path_and_a_weight(tmp_path, monkeypatch):
@@ -143,3 +147,29 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
         merge.main([f"{a}=0.3", "-o", str(output), "--base", "./no-model"])
     with pytest.raises(UserError, match="-o is missing"):
         merge.main([f"{a}=0.3"])
+
+
+def test_images_are_made_with_several_encoders(encoders, stable_diffusion):
+    paths, _, _ = encoders
+    model, weights, weighting = load_model(str(stable_diffusion)), (0.6, 0.9), 0.5
+    tuned = [copy.deepcopy(model.text_encoder) for _ in paths]
+    for encoder, path in zip(tuned, paths, strict=True):
+        load_text_encoder(encoder, path)
+    mixed = [Weighted(encoder, weight) for encoder, weight in zip(tuned, weights, strict=True)]
+    prompts, scheduler = ["a red fox", "fox " * 90], make_scheduler(model.scheduler_config, 4)
+    noise = prompt_noise(0, range(2), latent_shape(model))
+
+    def draw(text_encoder, weighting=1.0, tuned_steps=2):
+        networks = make_networks(model, text_encoder)
+        how = {"tuned_steps": tuned_steps, "guidance": 7.5, "weighting": weighting}
+        return make_images(networks, scheduler, prompts, noise, **how)
+
+    with torch.no_grad():
+        original, *others = (tiny.embed(model.tokenizer, encoder, prompts) for encoder in (model.text_encoder, *tuned))
+        # --prompt_weighting multiplies all weights: 0.3 and 0.45, so a quarter of the original is left.
+        wanted = 0.3 * others[0].double() + 0.45 * others[1].double() + 0.25 * original.double()
+        z = tiny.sample_latents(model.unet, scheduler, noise, original, wanted.float(), 7.5, 2)
+        torch.testing.assert_close(draw(mixed, weighting), decode(model.vae, z), rtol=0, atol=1e-4)
+        assert (draw(mixed, weighting) - draw(mixed)).abs().max() > 1e-3
+        assert torch.equal(draw([Weighted(tuned[0])]), draw(tuned[0]))
+        assert torch.equal(draw(mixed, tuned_steps=0), draw(None))
