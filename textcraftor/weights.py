@@ -244,6 +244,6 @@ def save_tensors(
     metadata = {"format": "pt", **metadata}  # transformers 4 needs the format
     with write_whole(path) as unfinished:
         try:
-            safetensors.torch.save_file(tensors, unfinished, metadata)
+            safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
         except safetensors.SafetensorError as problem:  # its word for a full disk
             raise UserError(f"{path}: cannot be written ({first_line(problem)})") from problem
