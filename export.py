@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import torch
 
-from textcraftor.exporting.card import find_run, model_card
+from textcraftor.exporting.card import find_run, model_card, run_parts
 from textcraftor.exporting.forms import export
 from textcraftor.exporting.hub import check_access, upload
 from textcraftor.merging import check_same
@@ -39,6 +39,8 @@ def main(argv=None):
     quiet_libraries()
     check_all([(check_model, args.model), (check_text_encoder, args.text_path)])
     if args.push_to_hub:
+        run = find_run(args.run, args.text_path)
+        training = run_parts(run, args.text_path)
         check_access(args.push_to_hub)
     tuned, original = read_text_encoder(args.text_path), read_text_encoder(args.model)
     check_same(tuned, args.text_path, original, args.model)
@@ -46,8 +48,7 @@ def main(argv=None):
     note = export(args.form, args.model, original, tuned, output, dtype, args.lora_rank)
     print(f"{output}: {note}")
     if args.push_to_hub:
-        run = find_run(args.run, args.text_path)
-        card = model_card(args.push_to_hub, args.form, output.name, args.model, args.text_path, run, note)
+        card = model_card(args.push_to_hub, args.form, output.name, args.model, training, note)
         print(upload(args.push_to_hub, output, card, run, args.private))
 
 

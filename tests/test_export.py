@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import export
 from textcraftor import models
 from textcraftor.errors import UserError
-from textcraftor.exporting.card import model_card
+from textcraftor.exporting.card import model_card, run_parts
 from textcraftor.exporting.lora import lora_of_difference
 from textcraftor.exporting.original_names import original_text, original_unet, original_vae
 from textcraftor.models import latent_shape, load_model, make_networks, quiet_libraries
@@ -397,7 +397,7 @@ def test_the_hub_gets_the_encoder_with_a_card(hub, stable_diffusion, tuned, tmp_
         strict=True,
     ):
         assert words in line
-    assert "write access to bob" in refusals[-1] and refusals[-1].endswith(f"is in {tmp_path / 'out_bob_tuned'}")
+    assert "write access to bob" in refusals[-1] and refusals[-1].endswith(f"remove {tmp_path / 'out_bob_tuned'}")
     assert f"{hub.url}/ada/tuned" in done.stdout and "private" in json.dumps(hub.made[-1])
     names = {"README.md", "before_after.png", "config.json", "model.safetensors"}
     assert hub.files.keys() == {f"ada/tuned/{name}" for name in names}
@@ -424,7 +424,8 @@ def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusi
         save_look({"total": score, "clip": score + 0}, torch.zeros(1), tmp_path / "resume" / f"{name}.safetensors")
 
     def card(name, run=tmp_path, form="text_encoder"):
-        return model_card("ada/x", form, "x.safetensors", str(stable_diffusion), str(tmp_path / name), run, "note")
+        training = run_parts(run, str(tmp_path / name))
+        return model_card("ada/x", form, "x.safetensors", str(stable_diffusion), training, "note")
 
     best, last, other = (card(f"tc_text{name}.safetensors") for name in ("_best", "_e_0_iter_40", ""))
     assert "| updates | 20 |" in best and "| clip | 0.5000 | 0.7500 | +0.2500 |  |" in best
@@ -451,7 +452,7 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         ("text_encoder", exported("text_encoder", tuned, stable_diffusion, tmp_path / "encoder"), tuned),
         ("lora", full, tmp_path / "full_rank.safetensors"),
     ):
-        card = model_card("ada/x", form, path.name, str(stable_diffusion), str(tuned), None, "")
+        card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "")
         code = card.split("```python\n")[1].split("```")[0]
         assert len(code.strip().splitlines()) <= 16
         code = code.replace('"ada/x"', repr(str(tmp_path if form == "lora" else path)))

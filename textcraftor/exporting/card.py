@@ -78,11 +78,11 @@ def find_run(run: str, text_path: str) -> Path | None:
     return folder if (folder / "options.json").is_file() else None
 
 
-def model_card(repo: str, form: str, file: str, model: str, text_path: str, run: Path | None, note: str) -> str:
+def model_card(repo: str, form: str, file: str, model: str, training: list[str], note: str) -> str:
     """README.md of a hub repository, its metadata included.
 
-    repo: USER/NAME; form: of exporting.options; file: the name of the exported file; model: the base model; text_path:
-    the tuned weights; run: their training run, if known; note: what export says of the file.
+    repo: USER/NAME; form: of exporting.options; file: the name of the exported file; model: the base model; training:
+    sections on the training run, see run_parts; note: what export says of the file.
     """
     base, known = base_model(model)
     data = ModelCardData(
@@ -104,9 +104,7 @@ def model_card(repo: str, form: str, file: str, model: str, text_path: str, run:
         parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {COMFYUI_SWITCH}"]
     if "lora" in form:
         parts += [f"This LoRA approximates the difference of two encoders. {note[:1].upper()}{note[1:]}."]
-    if run:
-        parts += run_parts(run, text_path)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *training]) + "\n"
 
 
 def base_model(model: str) -> tuple[str, bool]:
@@ -117,8 +115,13 @@ def base_model(model: str) -> tuple[str, bool]:
     return (path.name, False) if path.exists() else (model, True)
 
 
-def run_parts(run: Path, text_path: str) -> list[str]:
-    """The card's sections on a training run: rewards, settings, scores before and after, pictures."""
+def run_parts(run: Path | None, text_path: str) -> list[str]:
+    """The card's sections on a training run: rewards, settings, scores before and after, pictures; none without a run.
+
+    text_path: the weights of the run that are exported. Raises UserError if the run's files are damaged.
+    """
+    if run is None:
+        return []
     options = read_options(run)
     rewards = options.get("reward weights") or {name: options[name] for name in REWARDS if options.get(name)}
     lines = ["## Training", "", "| reward | weight |", "| --- | --- |"]

@@ -32,7 +32,7 @@ def upload(repo: str, output: Path, card: str, run: Path | None, private: bool) 
         address = HfApi().create_repo(repo, private=private or None, exist_ok=True)
         HfApi().create_commit(repo, operations, commit_message="A text encoder tuned with TextCraftor")
     except Exception as problem:
-        raise UserError(f"{_explain(repo, problem)}; what was exported is in {output}") from problem
+        raise UserError(f"{_explain(repo, problem)}; to try again, remove {output}") from problem
     return str(address)
 
 
