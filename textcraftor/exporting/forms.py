@@ -98,7 +98,12 @@ def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) ->
     configs = model_configs(model)
     tokenizer, text_encoder, unet, vae, scheduler_config = models.load_model(model)
     load_public_state(text_encoder, tuned, "--text_path")
-    kind = getattr(diffusers, scheduler_config.get("_class_name", "PNDMScheduler"))
+    name = scheduler_config.get("_class_name", "PNDMScheduler")
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise UserError(
+            f"{model}: diffusers {diffusers.__version__} has no scheduler {name}; name another in {SCHEDULER_CONFIG}"
+        )
     parts = [part.to(dtype=dtype, memory_format=torch.contiguous_format) for part in (vae, text_encoder, unet)]
     vae, text_encoder, unet = parts
     pipeline = StableDiffusionPipeline(
