@@ -1,10 +1,11 @@
 """
-Merge tuned text encoders into one file: the sum of all w_i W_i, and of the original encoder what is missing to 1.
+Merge tuned text encoders into one file, for tools that take a single encoder.
 
-Two encoders and, since 0.6 + 0.3 + 0.1 = 1, a tenth of the original one, for tools that take a single encoder:
+Each encoder has a weight, also below 0 or above 1. If the weights do not add up to 1, the original encoder gets the
+rest: here it is a tenth.
 $ python merge.py a.safetensors=0.6 b.safetensors=0.3 -o c.safetensors
 
-Half way to one encoder, or beyond it:
+Halfway from the original encoder to a tuned one, or beyond it:
 $ python merge.py a.safetensors=0.5 -o half.safetensors
 $ python merge.py a.safetensors=1.3 -o more.safetensors
 

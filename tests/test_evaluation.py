@@ -674,7 +674,7 @@ def test_several_encoders_are_mixed(parti, stable_diffusion, capsys):
     parti("--text_path", "a.safetensors=1", "--output_path", "alone")
     assert "2 of them done before" in capsys.readouterr().out
     for specs, message in (
-        (("a.safetensors", "b.safetensors=0.3"), "a.safetensors: one of several, without a weight"),
+        (("a.safetensors", "b.safetensors=0.3"), "a.safetensors: has no weight"),
         (("a.safetensors=0.5", "c.safetensors=0.5"), "c.safetensors: no such weights"),
         (("a.safetensors=some",), "some is no weight"),
     ):

@@ -47,8 +47,8 @@ SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "
 
 
 def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None = None) -> Namespace:
-    """Command line -> checked options, with `fetch`: whether missing prompts may be downloaded; `encoders`, the tuned
-    text encoders, a list of mixing.Weighted paths; and `text_path`, the same in a word.
+    """Command line -> checked options. `fetch`: whether missing prompts may be downloaded; `encoders`: the tuned text
+    encoders, a list of mixing.Weighted paths; `text_path`: the same as one string, for results.
 
     `--model miniature` brings its own defaults; flags that are given win. Raises UserError, one line, for options that
     make no sense.
@@ -82,15 +82,17 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
 
 
 def parse_encoders(specs: list[str]) -> list[Weighted]:
-    """--text_path, however often it was given -> the tuned text encoders; none for the empty string.
+    """The values of --text_path -> the tuned text encoders; none for the empty string.
 
-    Raises UserError for what is no path or weight, and for one of several encoders without a weight.
+    Raises UserError for a weight that is not a number, and if one of several encoders has no weight.
     """
     specs = [spec for spec in specs if spec]
     encoders = [parse_weighted(spec) for spec in specs]
     for spec, (path, _) in zip(specs, encoders, strict=True):
         if len(specs) > 1 and spec == path:
-            raise UserError(f"--text_path {path}: one of several, without a weight; to mix them write {path}=0.5")
+            raise UserError(
+                f"--text_path {path}: has no weight; to mix several encoders give each one, such as {path}=0.5"
+            )
     return encoders
 
 

@@ -29,7 +29,7 @@ State = dict[str, torch.Tensor]
 
 
 def export(form: str, model: str, original: State, tuned: State, output: Path, dtype: torch.dtype, rank: int) -> str:
-    """Write `tuned` to `output` in the form (options.FILE_FORMS, FOLDER_FORMS) -> what the user should know of it.
+    """Write `tuned` to `output` in the form (options.FILE_FORMS, FOLDER_FORMS) -> a line for the user on how to use it.
 
     model: the base model as load_model takes it; dtype: of all weights written; rank: of a LoRA.
     """
@@ -121,7 +121,8 @@ def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) ->
 def checkpoint_state(model: str, tuned: State, dtype: torch.dtype) -> tuple[State, str]:
     """A whole SD v1 under the original code's names with the tuned text encoder -> (state dict, note for the user).
 
-    If the base is itself such a file, all else in it stays as it is, except that fp16 makes all networks fp16.
+    If the base is itself such a file, everything else in it stays as it is, except that the networks become fp16 if
+    dtype is.
     """
     text = original_text(cast(tuned, dtype))
     if Path(model).is_file():

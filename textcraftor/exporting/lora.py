@@ -8,14 +8,14 @@ from textcraftor.errors import UserError
 
 
 class Factors(NamedTuple):
-    """Of one linear layer: its weights change by up @ down."""
+    """The LoRA of one linear layer, which adds up @ down to its weights."""
 
     down: torch.Tensor  # (R, inputs)
     up: torch.Tensor  # (outputs, R)
 
 
 class LoraError(NamedTuple):
-    """How far a LoRA is from the difference D that it stands for; norms are Frobenius norms."""
+    """How well a LoRA approximates a difference D of weights; |.| are Frobenius norms."""
 
     mean: float  # over linear layers that changed, of |D - up @ down| / |D|
     largest: float

@@ -1,7 +1,7 @@
 """A Stable Diffusion v1 under the names of the original code, in one file, as A1111, ComfyUI and others read it.
 
-diffusers converts these names into its own, not back. Here is the way back; every conversion is checked by diffusers'
-own converter, which must return exactly the weights it started from.
+diffusers can read these names but not write them. This module writes them, and checks each conversion: diffusers' own
+converter must turn the result back into the same weights.
 """
 
 import re
@@ -41,10 +41,10 @@ ATTENTION = {
 
 
 def original_text(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A text encoder's state dict under public names -> under those in a whole checkpoint, with position_ids."""
+    """Rename a text encoder's state dict from public names to those in a whole checkpoint, and add position_ids."""
     positions = len(state["text_model.embeddings.position_embedding.weight"])
     original = {f"{LDM_TEXT}{name}": value for name, value in state.items()}
-    # A constant that is no weight, but that older programs miss.
+    # Not a weight but a constant, which older programs expect.
     return original | {f"{LDM_TEXT}text_model.embeddings.position_ids": torch.arange(positions)[None]}
 
 
