@@ -23,9 +23,9 @@ class Weighted(NamedTuple):
 def parse_weighted(spec: str) -> Weighted:
     """PATH or PATH=WEIGHT -> Weighted(path, weight); without a weight it is 1.
 
-    A path may itself contain "=" and ":": if a file or folder of the whole name exists, that is the path; otherwise the
-    text after the last "=" is the weight. Weights may be negative or above 1. Raises UserError for an empty path and for
-    a weight that is not a finite number.
+    A path may itself contain "=" and ":". If a file or folder of the whole name exists, that is the path; otherwise the
+    text after the last "=" is the weight. Weights may be negative or above 1. Raises UserError for an empty path and
+    for a weight that is not a finite number.
     """
     path, equals, weight = spec.rpartition("=")
     if not equals or Path(spec).exists():
