@@ -369,6 +369,7 @@ def test_the_hub_gets_the_encoder_with_a_card(hub, stable_diffusion, tuned, tmp_
     shutil.copy(tuned, run / "tc_text_e_0_iter_40.safetensors")
     (run / "tc_text.safetensors").symlink_to("tc_text_e_0_iter_40.safetensors")
     options = {"reward weights": {"clip": 0.5, "my_reward": 2}, "lr_text": 1e-6, "images per step": 32, "guidance": 7.5}
+    options |= {"grad_steps": "1-5", "method": "prompts", "ema": 0.0, "anchor": 0.1, "prompts": "/home/ada/secret.csv"}
     tiny.write_json(run / "options.json", options)
     (run / "metrics.csv").write_text(
         "step,total,clip,val_total,val_clip\n0,,,1.5,0.25\n20,1,0.2,3,0.5\n30,1,0.2,,\n40,1,0.2,2.5,0.75\n"
@@ -408,11 +409,13 @@ def test_the_hub_gets_the_encoder_with_a_card(hub, stable_diffusion, tuned, tmp_
     torch.testing.assert_close(found, reference(torch.arange(77)[None]).last_hidden_state, rtol=0, atol=1e-5)
     card = hub.files["ada/tuned/README.md"].decode()
     for line in (
-        "| clip | 0.5 |", "| my_reward | 2 |", "| learning rate | 1e-06 |", "| images per update | 32 |",
+        "| clip | 0.5 |", "| my_reward | 2 |", "| learning rate, text encoder | 1e-06 |", "| steps with gradient | 1-5 |",
+        "| anchor | 0.1 |", "| images per update | 32 |",
         "| updates | 40 |", "| total | 1.5000 | 2.5000 | +1.0000 |  |", "| clip | 0.2500 | 0.7500 | +0.5000 |  |",
         "library_name: diffusers", "![held-out prompts before and after tuning](before_after.png)",
     ):  # fmt: skip
         assert f"\n{line}\n" in card, line
+    assert "moving average" not in card and "/home/ada" not in card and str(tmp_path) not in card
 
 
 def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusion, tmp_path):

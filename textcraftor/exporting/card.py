@@ -17,10 +17,24 @@ from textcraftor.validation import load_look
 PAPER = "https://arxiv.org/abs/2403.18978"
 PICTURE = "before_after.png"
 STEPS = 25  # at test time
+# Options of a run that the card names, if the run has them and they are not off; never paths, which are private.
 SETTINGS = {
-    "images per step": "images per update", "lr_text": "learning rate", "step": "sampling steps",
-    "grad_steps": "of them with gradient", "guidance": "guidance scale", "seed": "seed",
-}  # fmt: skip
+    "images per step": "images per update",
+    "method": "method",
+    "lr_text": "learning rate, text encoder",
+    "lr_unet": "learning rate, UNet",
+    "step": "sampling steps",
+    "gradient": "gradient",
+    "grad_steps": "steps with gradient",
+    "guidance": "guidance scale",
+    "clip_constraint": "CLIP constraint",
+    "anchor": "anchor",
+    "shared_text": "weight of the shared text direction",
+    "smooth": "smoothing",
+    "ema": "moving average",
+    "seed": "seed",
+}
+OFF = {"lr_unet": 0, "clip_constraint": 0, "anchor": 0, "shared_text": 1, "smooth": 0, "ema": 0}
 
 # Loads the tuned text encoder, leaves `tuned` as the embeddings, and puts the original one back.
 WHOLE = """\
@@ -127,7 +141,11 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
     lines = ["## Training", "", "| reward | weight |", "| --- | --- |"]
     lines += [f"| {name} | {weight:g} |" for name, weight in rewards.items()]
     lines += ["", "| setting | |", "| --- | --- |"]
-    lines += [f"| {text} | {options[name]:g} |" for name, text in SETTINGS.items() if name in options]
+    told = {text: options[name] for name, text in SETTINGS.items() if options.get(name) not in (None, OFF.get(name))}
+    lines += [
+        f"| {text} | {value:g} |" if isinstance(value, float) else f"| {text} | {value} |"
+        for text, value in told.items()
+    ]
     rows = read_metrics(run / "metrics.csv")
     step = step_of(text_path, rows)
     lines += [f"| updates | {step:g} |"] if step else []
