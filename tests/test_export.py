@@ -409,8 +409,8 @@ def test_the_hub_gets_the_encoder_with_a_card(hub, stable_diffusion, tuned, tmp_
     torch.testing.assert_close(found, reference(torch.arange(77)[None]).last_hidden_state, rtol=0, atol=1e-5)
     card = hub.files["ada/tuned/README.md"].decode()
     for line in (
-        "| clip | 0.5 |", "| my_reward | 2 |", "| learning rate, text encoder | 1e-06 |", "| steps with gradient | 1-5 |",
-        "| anchor | 0.1 |", "| images per update | 32 |",
+        "| clip | 0.5 |", "| my_reward | 2 |", "| learning rate, text encoder | 1e-06 |",
+        "| steps with gradient | 1-5 |", "| anchor | 0.1 |", "| images per update | 32 |",
         "| updates | 40 |", "| total | 1.5000 | 2.5000 | +1.0000 |  |", "| clip | 0.2500 | 0.7500 | +0.5000 |  |",
         "library_name: diffusers", "![held-out prompts before and after tuning](before_after.png)",
     ):  # fmt: skip
