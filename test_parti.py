@@ -8,6 +8,9 @@ The small Stable Diffusion in this repository, original and tuned, in minutes on
 $ python test_parti.py --model miniature
 $ python test_parti.py --model miniature --text_path output/tc_text.safetensors
 
+Two tuned encoders, mixed with the original one (0.6 a + 0.3 b + 0.1 original, in the tuned steps):
+$ python test_parti.py --text_path a.safetensors=0.6 --text_path b.safetensors=0.3
+
 Score existing images of any model, named 00000.png, 00001.png, ...:
 $ python test_parti.py --score_only FOLDER
 

@@ -35,6 +35,7 @@ from textcraftor.benchmark.results import Table
 from textcraftor.benchmark.scores import load_scorers
 from textcraftor.benchmark.sources import Generator
 from textcraftor.errors import UserError, run_program
+from textcraftor.mixing import Weighted
 from textcraftor.models import load_model, quiet_libraries
 from textcraftor.sampling import make_scheduler, prompt_noise
 from textcraftor.weight_files import load_text_encoder, save_text_encoder
@@ -56,6 +57,8 @@ def check_plain(args):
     for name, only in others.items():
         if getattr(args, name) != only:
             raise UserError(f"--{name} {getattr(args, name)}: the plain loop does not support this; leave it out")
+    if args.encoders and (len(args.encoders) > 1 or args.encoders[0].weight != 1):
+        raise UserError(f"--text_path {args.text_path}: the plain loop cannot mix; name one encoder without a weight")
     if args.grad_steps == args.step:
         raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: the plain loop needs grad_steps < step")
 
@@ -68,7 +71,7 @@ def plain_way(args, scorers, output, device):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device, dtype)
     original, tuned = pipeline.text_encoder, copy.deepcopy(pipeline.text_encoder).float()
-    load_text_encoder(tuned, args.text_path)
+    load_text_encoder(tuned, args.encoders[0].encoder)
     tuned.to(device, dtype)
     shape = (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size, pipeline.unet.config.sample_size)
 
@@ -188,9 +191,9 @@ def main(argv=None):
         argv = argv if "--model" in argv else ["--model", "miniature", *argv]
         args = parse_options(PARTI, __doc__, argv)
         check_plain(args)
-        if not args.text_path:
-            args.text_path = f"{folder}/tc_text.safetensors"
-            another_encoder(args.model, args.text_path)
+        if not args.encoders:
+            args.encoders = [Weighted(f"{folder}/tc_text.safetensors")]
+            another_encoder(args.model, args.encoders[0].encoder)
         rows = PARTI.read(Path(args.prompts))[: args.limit or None]
         scorers = load_scorers(PARTI.rewards, args.weights, device, args.hps_version)
         plain, ours = plain_way(args, scorers, outputs[0], device), our_way(args, scorers, outputs[1], accelerator)

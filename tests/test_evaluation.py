@@ -1,5 +1,6 @@
 """The benchmark programs from their command line to their files, on tiny models."""
 
+import copy
 import csv
 import importlib.util
 import json
@@ -38,7 +39,9 @@ from textcraftor.benchmark.results import Table, style_scores
 from textcraftor.benchmark.scores import _read, find_image, score_files, score_images, whole_view
 from textcraftor.errors import UserError
 from textcraftor.hashes import weights_hash
-from textcraftor.models import load_model
+from textcraftor.mixing import Weighted
+from textcraftor.models import latent_shape, load_model, make_networks
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 from textcraftor.weight_files import save_text_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -633,6 +636,7 @@ def test_the_default_folder_says_what_is_tested():
         ("--text_path /home/me/runs/v1.5/ --prompt_eng", "runs_v1.5_prompt_eng_parti"),
         ("--text_path ../tc_text.safetensors --unet_path a/tc_unet.safetensors", "tc_text_a_tc_unet_parti"),
         ("--model miniature --text_path output/tc_text.safetensors", "miniature_output_tc_text_parti"),
+        ("--text_path a/tc.safetensors=0.6 --text-path=user/b=-0.3", "a_tc_0.6_user_b_-0.3_parti"),
         ("--hps_version 2.1 --limit 8", "original_parti_v2.1"),
         ("--prompt_eng --score_prompt original", "original_prompt_eng_parti_score_original"),
         ("--model ./models/other --scheduler UniPC --seed 7", "other_parti_UniPC_seed_7"),
@@ -643,6 +647,39 @@ def test_the_default_folder_says_what_is_tested():
     for model, extender in (("miniature", str(ROOT / "miniature" / "extender")), ("other", "daspartho/prompt-extend")):
         assert parse_options(PARTI, "", ["--model", model, "--prompt_eng"]).prompt_eng == extender
         assert parse_options(PARTI, "", ["--model", model, "--prompt_eng", "mine"]).prompt_eng == "mine"
+
+
+def test_several_encoders_are_mixed(parti, stable_diffusion, capsys):
+    model, mixed = load_model(str(stable_diffusion)), []
+    for name, weight in (("a", 0.75), ("b", -0.5)):
+        encoder = copy.deepcopy(model.text_encoder)
+        generator = torch.Generator().manual_seed(ord(name))
+        for value in encoder.parameters():
+            value.data += 0.02 * torch.randn(value.shape, generator=generator)
+        save_text_encoder(encoder.state_dict(), f"{name}.safetensors")
+        mixed.append(Weighted(encoder, weight))
+    both = ("--text_path", "a.safetensors=0.75", "--text_path", "b.safetensors=-0.5")
+    parti(*both, "--prompt_weighting", 0.5)
+    scheduler = make_scheduler(model.scheduler_config, 3)
+    rows, noise = table(), prompt_noise(2023, range(5), latent_shape(model))
+    how = {"tuned_steps": 2, "guidance": 7.5, "weighting": 0.5}
+    with torch.no_grad():
+        wanted = make_images(make_networks(model, mixed), scheduler, rows["prompt"].tolist(), noise, **how)
+    for file, image in zip(rows["file"], wanted, strict=True):
+        np.testing.assert_allclose(pixels(f"out/{file}"), 255 * image.permute(1, 2, 0), rtol=0, atol=1)
+    assert summary()["text_path"] == "a.safetensors=0.75 b.safetensors=-0.5"
+    # Other weights are another setting; one encoder of weight 1 is the same as one without a weight.
+    refused(lambda: parti("--text_path", "a.safetensors=0.75", "--prompt_weighting", 0.5), r"with text_path \(sha256\)")
+    parti("--text_path", "a.safetensors", "--output_path", "alone", "--limit", 2)
+    parti("--text_path", "a.safetensors=1", "--output_path", "alone")
+    assert "2 of them done before" in capsys.readouterr().out
+    for specs, message in (
+        (("a.safetensors", "b.safetensors=0.3"), "a.safetensors: has no weight"),
+        (("a.safetensors=0.5", "c.safetensors=0.5"), "c.safetensors: no such weights"),
+        (("a.safetensors=some",), "some is no weight"),
+    ):
+        words = ["--output_path", "new", *(word for spec in specs for word in ("--text_path", spec))]
+        refused(partial(parti, *words), message)
 
 
 @pytest.fixture(scope="module")
@@ -657,7 +694,7 @@ def speed():
 def test_the_benchmark_of_speed_refuses_what_its_plain_loop_cannot_do(work, models, speed, monkeypatch):
     for arguments in (
         "--unet_path u.pth", "--scheduler UniPC", "--prompt_weighting 0.5", "--prompt_eng", "--score_only .",
-        "--grad_steps 25",
+        "--grad_steps 25", "--text_path a.safetensors=0.5",
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"{arguments.split()[0]} .*: the plain loop"):
             speed.main(arguments.split())

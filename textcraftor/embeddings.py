@@ -8,6 +8,8 @@ from threading import Lock
 
 import torch
 
+from textcraftor.mixing import Weighted, mix
+
 Conditions = dict[str, torch.Tensor]
 _tokenizing = Lock()  # tokenizers store the current call's settings: one thread at a time
 
@@ -24,7 +26,7 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
 
     networks: a models.Networks. Returns (the original encoder's, without gradient; weighting * tuned +
     (1 - weighting) * original). The tuned encoder runs once, on "" and all prompts. If both encoders are the same
-    object, both results are too.
+    object, both results are too. Several tuned encoders Tᵢ with weights wᵢ are mixed: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀.
     """
     with torch.no_grad():
         conditional = encode_prompts(networks.tokenizer, networks.original_encoder, prompts)
@@ -32,8 +34,12 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
         original = guidance_pair(rows)
     if networks.text_encoder is networks.original_encoder:
         return original, original
-    tuned = guidance_pair(encode_prompts(networks.tokenizer, networks.text_encoder, ["", *prompts]))
-    return original, {name: torch.lerp(original[name].to(value), value, weighting) for name, value in tuned.items()}
+    several = isinstance(networks.text_encoder, list)
+    tuned = []
+    for encoder, weight in networks.text_encoder if several else [Weighted(networks.text_encoder)]:
+        rows = encode_prompts(networks.tokenizer, encoder, ["", *prompts])
+        tuned.append((guidance_pair(rows), weighting * weight))
+    return original, mix(original, tuned)
 
 
 def guidance_pair(conditions: Conditions) -> Conditions:

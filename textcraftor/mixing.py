@@ -1,7 +1,7 @@
 """Mix several tuned text encoders: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (TextCraftor, Figures 4 and 5).
 
-T₀ is the original encoder. `mix` does it to anything that is a dict of tensors: text embeddings (Conditions) or
-weights. Nothing here imports torch, so that programs can check their options first.
+T₀ is the original encoder. `mix` works on any dict of tensors: text embeddings (Conditions) or weights. Nothing here
+imports torch, so that programs can check their options first.
 """
 
 import math
@@ -23,9 +23,9 @@ class Weighted(NamedTuple):
 def parse_weighted(spec: str) -> Weighted:
     """PATH or PATH=WEIGHT -> Weighted(path, weight); without a weight it is 1.
 
-    A path may hold "=" and ":" itself: what exists under the whole name is a path, and only a number after the last "="
-    is a weight. Weights may be negative or above 1. Raises UserError for an empty path and for a weight that is not a
-    finite number.
+    A path may itself contain "=" and ":". If a file or folder of the whole name exists, that is the path; otherwise the
+    text after the last "=" is the weight. Weights may be negative or above 1. Raises UserError for an empty path and
+    for a weight that is not a finite number.
     """
     path, equals, weight = spec.rpartition("=")
     if not equals or Path(spec).exists():
@@ -50,10 +50,10 @@ def original_share(weights: list[float]) -> float:
 
 
 def mix(original: Tensors, tuned: list[tuple[Tensors, float]]) -> Tensors:
-    """Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ for each tensor by name, computed in fp32, in the type of the first tuned tensor.
+    """Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ for each tensor, computed in fp32 and returned in the type of the first tuned one.
 
-    original: T₀, {name: tensor}; tuned: [(Tᵢ, wᵢ)], with the same names and shapes. A single encoder of weight 1 comes
-    out to the bit, and so does the original under weight 0.
+    original: T₀, {name: tensor}; tuned: [(Tᵢ, wᵢ)] with the same names and shapes. A single encoder of weight 1 is
+    returned bit for bit, and with weight 0 so is the original.
     """
     share = original_share([weight for _, weight in tuned])
     mixed = {}

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from textcraftor.downloads import command
 from textcraftor.embeddings import Conditions, encode_prompts
 from textcraftor.errors import UserError, first_line
+from textcraftor.mixing import Weighted
 from textcraftor.weight_files import (
     check_inputs,
     check_unet_states,
@@ -46,11 +47,14 @@ class Model(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The networks that make an image. Without a tuned encoder, `text_encoder` is `original_encoder`."""
+    """The networks that make an image. Without a tuned encoder, `text_encoder` is `original_encoder`.
+
+    Several tuned encoders with their weights are mixed, see embeddings.embed_prompts.
+    """
 
     tokenizer: CLIPTokenizer
     original_encoder: CLIPTextModel
-    text_encoder: torch.nn.Module
+    text_encoder: torch.nn.Module | list[Weighted]
     unet: torch.nn.Module
     vae: AutoencoderKL
     unconditional: Conditions  # the original encoder's, one row, computed once
@@ -60,8 +64,8 @@ class Networks(NamedTuple):
         return self.vae.device
 
 
-def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> Networks:
-    """The networks of `model` as they are now (device, dtype), with a tuned text encoder if one is given."""
+def make_networks(model: Model, text_encoder: torch.nn.Module | list[Weighted] | None = None) -> Networks:
+    """The networks of `model` as they are now (device, dtype), with tuned text encoders if there are any."""
     with torch.no_grad():
         unconditional = encode_prompts(model.tokenizer, model.text_encoder, [""])
     tuned = model.text_encoder if text_encoder is None else text_encoder

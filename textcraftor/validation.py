@@ -100,6 +100,7 @@ def load_look(path):
 def show_results(run, last_step, after):
     """Draw before and after and the curves, and print what the run changed and where its files are."""
     before = load_look(run.output / "resume" / "before.safetensors")
+    save_look(*after, run.output / "resume" / "after.safetensors")  # a model card gives intervals
     before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
     monitor_names = [monitor.name for monitor in run.monitors]
     reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 from textcraftor.errors import UserError, first_line
 from textcraftor.weights import (
     State,
+    check_finite,
     check_model_family,
     find_networks,
     load_strictly,
@@ -85,6 +86,16 @@ def load_text_encoder(text_encoder: CLIPTextModel, path: Path | str) -> None:
     a text encoder alone. Raises UserError if there is no text encoder, it does not fit, or it holds NaN or infinity.
     """
     fill_text_encoder(text_encoder, text_encoder_state(_read_tuned(path, "text_encoder"), path), path)
+
+
+def read_text_encoder(path: Path | str) -> dict[str, torch.Tensor]:
+    """The text encoder in `path`, anything that load_text_encoder takes, as a state dict under its public names.
+
+    Raises UserError if there is no text encoder or it holds NaN or infinity.
+    """
+    state = text_encoder_state(_read_tuned(path, "text_encoder"), path)
+    check_finite(state, path)
+    return public_state(state)
 
 
 def fill_text_encoder(text_encoder: CLIPTextModel, state: dict[str, torch.Tensor], path: Path | str) -> None:

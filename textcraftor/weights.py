@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import safetensors.torch
@@ -235,11 +236,14 @@ def check_finite(state: dict[str, torch.Tensor], path: Path | str) -> None:
                 raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint or another file")
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path | str) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write tensors as safetensors, whole or not at all. Raises UserError if the disk refuses."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", **metadata}  # transformers 4 needs the format
     with write_whole(path) as unfinished:
         try:
-            safetensors.torch.save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers 4 needs it
+            safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
         except safetensors.SafetensorError as problem:  # its word for a full disk
             raise UserError(f"{path}: cannot be written ({first_line(problem)})") from problem

@@ -12,6 +12,7 @@ from PIL import Image
 
 from textcraftor.errors import UserError
 from textcraftor.files import free_bytes, write_whole
+from textcraftor.mixing import Weighted
 from textcraftor.models import Model, latent_shape, load_model, make_networks
 from textcraftor.sampling import make_images, make_scheduler, prompt_noise, step_generators
 from textcraftor.weight_files import load_text_encoder, load_unet
@@ -27,13 +28,17 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
     """(StableDiffusionPipeline of `model`, tuned text encoder), all networks in fp32, frozen, on the CPU.
 
     model: see load_model; text_path, unet_path: tuned weights, see textcraftor.weight_files. Without text_path, the
-    second is the pipeline's own text encoder.
+    second is the pipeline's own text encoder. For a text_path that is a list of mixing.Weighted paths, it is a list of
+    Weighted text encoders.
     """
     tokenizer, text_encoder, unet, vae, config = load_model(model)
     tuned = text_encoder
     if text_path:
-        tuned = copy.deepcopy(text_encoder)
-        load_text_encoder(tuned, text_path)
+        mixed = text_path if isinstance(text_path, list) else [Weighted(text_path)]
+        encoders = [Weighted(copy.deepcopy(text_encoder), weight) for _, weight in mixed]
+        for (encoder, _), (path, _) in zip(encoders, mixed, strict=True):
+            load_text_encoder(encoder, path)
+        tuned = encoders if isinstance(text_path, list) else encoders[0].encoder
     if unet_path:
         load_unet(unet, unet_path)
     pipeline = StableDiffusionPipeline(
@@ -49,9 +54,10 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
 def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0):
     """B prompts -> images (B, 3, H, W) in [0, 1], fp32, on the pipeline's device, made as in training.
 
-    Latents and scheduler are fp32; each network computes in the type of its weights. The last grad_steps steps use
-    weighting * tuned + (1 - weighting) * original text embeddings in both branches of guidance, the steps before the
-    original ones. All random numbers of image i derive from (seed, indices[i]). Threads may share the pipeline.
+    tuned: a text encoder, or a list of mixing.Weighted ones. Latents and scheduler are fp32; each network computes in
+    the type of its weights. The last grad_steps steps use weighting * tuned + (1 - weighting) * original text
+    embeddings in both branches of guidance, the steps before the original ones. All random numbers of image i derive
+    from (seed, indices[i]). Threads may share the pipeline.
     """
     model = _model(pipeline)
     noise = prompt_noise(seed, indices, latent_shape(model))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from textcraftor.benchmark.prompt_lists import Benchmark
 from textcraftor.errors import UserError
+from textcraftor.mixing import Weighted, parse_weighted
 from textcraftor.options import SCHEDULERS, TEST_SEED, TEST_TUNED_STEPS, make_parser, require
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -21,7 +22,8 @@ PROMPT_ENG = (
 OPTIONS = (
     ("--model",            MODEL,               "SD v1 folder, file or hub id; or `miniature` with its own prompts"),
     ("--weights",          str(REPOSITORY),     "folder that holds hpsv2/, pickscore/ and aesthetic/"),
-    ("--text_path",        "",                  "tuned text encoder: safetensors or .pth file, folder or hub id"),
+    ("--text_path",        [],                  "tuned text encoder: weight file, folder or hub id; to mix several, "
+                                                "repeat it with weights, PATH=WEIGHT"),
     ("--unet_path",        "",                  "tuned UNet, in the same formats"),
     ("--prompts",          "",                  "the benchmark's prompts (default: prompts/, downloaded once)"),
     ("--limit",            0,                   "use only the first prompts (of each style); 0 = all"),
@@ -45,7 +47,8 @@ SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "
 
 
 def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None = None) -> Namespace:
-    """Command line -> checked options, with `fetch`: whether missing prompts may be downloaded.
+    """Command line -> checked options. `fetch`: whether missing prompts may be downloaded; `encoders`: the tuned text
+    encoders, a list of mixing.Weighted paths; `text_path`: the same as one string, for results.
 
     `--model miniature` brings its own defaults; flags that are given win. Raises UserError, one line, for options that
     make no sense.
@@ -55,10 +58,12 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
         "--prompt_eng", "--prompt-eng", nargs="?", const=True, default="", metavar="MODEL", help=PROMPT_ENG
     )
     args = parser.parse_args(argv)
+    encoders = parse_encoders(args.text_path)
     if args.score_prompt and not args.prompt_eng:
         raise UserError(f"--score_prompt {args.score_prompt}: only works with --prompt_eng; leave it out")
     parser.set_defaults(score_prompt="extended")
     args = parser.parse_args(argv)
+    args.encoders = encoders
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
@@ -68,11 +73,27 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
         parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance, batch_size=16)
         args = parser.parse_args(argv)
         args.model, args.fetch, extender = str(folder / "stable-diffusion"), False, str(folder / "extender")
+    args.encoders, args.text_path = encoders, " ".join(args.text_path)
     args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
     args.prompts = args.prompts or str(REPOSITORY / "prompts" / benchmark.prompts)
     args.output_path = args.output_path or args.score_only or default_output
     check_options(args)
     return args
+
+
+def parse_encoders(specs: list[str]) -> list[Weighted]:
+    """The values of --text_path -> the tuned text encoders; none for the empty string.
+
+    Raises UserError for a weight that is not a number, and if one of several encoders has no weight.
+    """
+    specs = [spec for spec in specs if spec]
+    encoders = [parse_weighted(spec) for spec in specs]
+    for spec, (path, _) in zip(specs, encoders, strict=True):
+        if len(specs) > 1 and spec == path:
+            raise UserError(
+                f"--text_path {path}: has no weight; to mix several encoders give each one, such as {path}=0.5"
+            )
+    return encoders
 
 
 def run_name(args, benchmark, default):
@@ -81,8 +102,9 @@ def run_name(args, benchmark, default):
     default: function that returns an option's default value; only other values become part of the name.
     """
     names = [] if args.model == MODEL else [_last_parts(args.model, 1)]
-    tuned = [path for path in (args.text_path, args.unet_path) if path]
-    names += ["paper_ckpt" if Path(path) == Path(PAPER) else _last_parts(path, 2) for path in tuned]
+    for path, weight in (*args.encoders, Weighted(args.unet_path)):
+        name = "paper_ckpt" if Path(path) == Path(PAPER) else _last_parts(path, 2) if path else ""
+        names += [f"{name}_{weight:g}" if weight != 1 else name] if name else []
     names = [*(names or ["original"]), *(["prompt_eng"] if args.prompt_eng else []), benchmark]
     for option, prefix in (("hps_version", "v"), ("score_prompt", "score_"), ("scheduler", ""), ("seed", "seed_")):
         value = getattr(args, option)

@@ -90,7 +90,7 @@ def check_models(benchmark, args, rows):
         checks += [(check_folder, args.score_only, rows)]
     else:
         checks += [(check_model, args.model)]
-        checks += [(check_text_encoder, args.text_path)] if args.text_path else []
+        checks += [(check_text_encoder, path) for path, _ in args.encoders]
         checks += [(check_unet, args.unet_path)] if args.unet_path else []
     check_all(checks)
 

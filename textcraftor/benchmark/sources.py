@@ -7,6 +7,7 @@ reads (None if no text encoder was at work).
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
@@ -29,16 +30,17 @@ class Generator:
         """args: see options.parse_options; scorers: see scores.load_scorers; precision: "no", "fp16" or "bf16"."""
         self.args, self.scorers, self.precision = args, scorers, precision
         self.view = file_view(scorers, True) if benchmark.from_files else None
-        self.pipeline, self.tuned = load_pipeline(args.model, args.scheduler, args.step, args.text_path, args.unet_path)
+        self.pipeline, self.tuned = load_pipeline(args.model, args.scheduler, args.step, args.encoders, args.unet_path)
         self.image_size = image_size(self.pipeline)
+        tuned = [encoder for encoder, _ in self.tuned] if args.encoders else [self.tuned]
         networks = {
-            "text_path": self.tuned,
             "unet": self.pipeline.unet,
             "text encoder": self.pipeline.text_encoder,
             "vae": self.pipeline.vae,
         }
         dtype = PRECISIONS[precision]
         self.settings = {name: getattr(args, name) for name in SAMPLING}
+        self.settings |= {"text_path (sha256)": mix_hash(args.encoders, tuned)}
         self.settings |= {f"{name} (sha256)": weights_hash(network) for name, network in networks.items()}
         self.settings |= {"precision": str(dtype).removeprefix("torch.")}
         self.drawn = self.scored = "prompt"  # columns of the prompts to generate from and to score with
@@ -51,7 +53,8 @@ class Generator:
             self.scored = "extended" if args.score_prompt == "extended" else "prompt"
         self.columns = ["extended"] if args.prompt_eng else []
         self.pipeline.to(device, dtype)
-        self.tuned.to(device, dtype)
+        for encoder in tuned:
+            encoder.to(device, dtype)
         self.savers = ThreadPoolExecutor(SAVERS)
         self.turn = Lock() if device.type == "cuda" else nullcontext()  # a GPU is not faster with two batches at once
 
@@ -98,6 +101,13 @@ class Generator:
         """The "problem" of an image with NaN or infinite pixels. It is not saved: its file would just be black."""
         advice = "; try --mixed_precision bf16 or no" if self.precision == "fp16" else ""
         return {"problem": f"its pixels are NaN or infinite in {self.settings['precision']}: no score{advice}"}
+
+
+def mix_hash(encoders, networks):
+    """The hash of the tuned text encoder, or of several with their weights."""
+    hashes = [weights_hash(network) for network in networks]
+    weights = [weight for _, weight in encoders] or [1]
+    return hashes[0] if weights == [1] else sha256(repr([*zip(weights, hashes, strict=True)]).encode()).hexdigest()
 
 
 class Folder:
