@@ -126,7 +126,7 @@ def check_options(args):
         raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
     if args.anchor and not args.lr_text:
         raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000: the steps "
+            f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so nothing can drift; leave one out"
         )
     if not 0 <= args.t_min <= args.t_max <= 999:
         raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
