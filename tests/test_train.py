@@ -629,7 +629,7 @@ def same_metrics(first, second):
                 assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3)
 
 
-@pytest.mark.parametrize("trains, batches", [("tc_text", 1), ("tc_unet", 1), ("tc_unet", 2)])
+@pytest.mark.parametrize("trains, batches", [("tc_text", 1), ("tc_unet", 2)])
 def test_two_processes_train_as_one_with_the_double_batch(work, five_steps, stable_diffusion, trains, batches):
     """Same prompts, noise and mean gradient, also of a UNet that runs twice a backward, and with two batches a step."""
     five_steps += ["--lr_text", 0, "--lr_unet", "1e-4"] if trains == "tc_unet" else []
