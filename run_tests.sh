@@ -6,4 +6,9 @@
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 requirements=requirements-dev.txt
 . "$repository/setup_env.sh"
-cd "$repository" && exec python -m pytest "$@"
+cd "$repository" || exit 1
+case " $* " in
+    *" -m gpu "* | *" -n "* | *" --pdb "*) ;;  # one after another: the tests of a GPU share it
+    *) set -- -n auto --maxprocesses 4 --dist loadgroup "$@" ;;
+esac
+exec python -m pytest "$@"

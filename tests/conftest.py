@@ -11,8 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
 def pytest_configure(config):
     """Hide the GPU, so that results do not depend on the machine, unless only the tests that need one are selected.
 
-    torch must not be imported before this, which is why nothing below imports it at the top.
+    torch must not be imported before this, which is why nothing below imports it at the top. Where several workers run
+    tests side by side, each has one core.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

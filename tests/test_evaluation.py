@@ -473,6 +473,7 @@ def test_workers_get_at_least_one_core_and_their_processs_gpu(monkeypatch):
     assert went == [0, 3]
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes(parti, models):
     parti("--output_path", "one")

@@ -377,6 +377,7 @@ def test_validation_samples_as_at_test_time(work, command, monkeypatch):
 
 
 def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training_options, "REPOSITORY", tmp_path)
     (tmp_path / "miniature").mkdir()
     defaults = {"lr_text": 0.5, "grad_steps": 7, "prompts": "miniature/prompts_train.txt", "monitor": ["a.py:f"]}
@@ -629,6 +630,7 @@ def same_metrics(first, second):
                 assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("trains, batches", [("tc_text", 1), ("tc_unet", 2)])
 def test_two_processes_train_as_one_with_the_double_batch(work, five_steps, stable_diffusion, trains, batches):
     """Same prompts, noise and mean gradient, also of a UNet that runs twice a backward, and with two batches a step."""
@@ -669,6 +671,7 @@ train_textcraftor.run_program(train_textcraftor.main)
 """
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_unet_split_among_processes_trains_as_a_whole_one(work, five_steps, stable_diffusion):
     (work / "fsdp.py").write_text(FSDP_ON_CPU)
     # Cut so short that Adam's epsilon counts: else its steps were the same with any multiple of the gradient.
@@ -688,6 +691,7 @@ def test_a_unet_split_among_processes_trains_as_a_whole_one(work, five_steps, st
     assert one.returncode != 0 and one.stderr.count("error: FSDP: not supported") == 1
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("how", ["killed", "raises"])
 def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(work, five_steps, how):
     run = [*five_steps, "--reward", "own.py:redness=0", "--reward", "own.py:mortal=1", "--save_every", 2]
@@ -706,6 +710,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(work, five_steps
         assert same_weights("whole/tc_text.safetensors", "died/tc_text.safetensors")
 
 
+@pytest.mark.xdist_group("processes")
 def test_two_processes_stop_on_sigterm_within_seconds_and_go_on(work, five_steps):
     """As a scheduler stops a launched run: the signal goes to the launcher, which passes it on."""
     run = [*five_steps, "--max_steps", 400, "--batch-size", 1, "--keep_checkpoints", 2, "--output-path", "stopped"]
