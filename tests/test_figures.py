@@ -55,10 +55,12 @@ def by_hand(pipeline, tuned=None, **options):
 
 
 def same(found, pictures):
-    """Whether panels show these pictures, all of them different."""
-    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.BICUBIC)) for picture in pictures]
-    assert all(not np.array_equal(one, other) for one, other in itertools.combinations(expected, 2))
-    return all(map(np.array_equal, found, expected)) and len(found) == len(expected)
+    """Whether panels show these pictures, all of them different, but for one grey level of rounding, enlarged."""
+    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.BICUBIC)).astype(int) for picture in pictures]
+    assert all(np.abs(one - other).max() > 4 for one, other in itertools.combinations(expected, 2))
+    return len(found) == len(expected) and all(
+        np.abs(one - other).max() <= 2 for one, other in zip(found, expected, strict=True)
+    )
 
 
 def test_image_to_image_inpainting_and_mix(stable_diffusion, model, weights, tmp_path):
