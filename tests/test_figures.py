@@ -55,12 +55,11 @@ def by_hand(pipeline, tuned=None, **options):
 
 
 def same(found, pictures):
-    """Whether panels show these pictures, all of them different, but for one grey level of rounding, enlarged."""
-    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.BICUBIC)).astype(int) for picture in pictures]
-    assert all(np.abs(one - other).max() > 4 for one, other in itertools.combinations(expected, 2))
-    return len(found) == len(expected) and all(
-        np.abs(one - other).max() <= 2 for one, other in zip(found, expected, strict=True)
-    )
+    """Whether panels show these pictures: much closer to them than they are to each other, all being different."""
+    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.BICUBIC)).astype(float) for picture in pictures]
+    apart = min(np.abs(one - other).mean() for one, other in itertools.combinations(expected, 2))
+    distances = [np.abs(one - other).mean() for one, other in zip(found, expected, strict=True)]
+    return 5 * max(distances) < apart
 
 
 def test_image_to_image_inpainting_and_mix(stable_diffusion, model, weights, tmp_path):

@@ -160,7 +160,8 @@ esac
     install, tests = calls("-k", "resume", **conda)
     assert install.startswith("-m pip install") and install.endswith(f"-r {repository}/requirements-dev.txt")
     assert tests.startswith("-m pytest ") and tests.endswith(" -k resume")
-    assert calls() == ["-m pytest"]
+    assert [line.startswith("-m pytest") for line in calls()] == [True]
+    assert calls("-m", "gpu") == ["-m pytest -m gpu"]  # one after another, as they share the GPU
     with open(repository / "requirements.txt", "a") as file:
         file.write("another\n")
     assert len(calls()) == 2
