@@ -1,5 +1,6 @@
 """Fixtures shared by all tests; nothing here touches the network."""
 
+import copy
 import os
 import sys
 
@@ -42,3 +43,18 @@ def stable_diffusion(tmp_path_factory):
     import tiny
 
     return tiny.make_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))
+
+
+@pytest.fixture(scope="session")
+def double_model(stable_diffusion):
+    """tokenizer, original encoder, a tuned one a little away from it, unet, vae, scheduler config: all float64."""
+    import torch
+
+    from textcraftor.models import load_model
+
+    tokenizer, original, unet, vae, config = load_model(str(stable_diffusion))
+    tuned = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(0)
+    for weight in tuned.parameters():
+        weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    return tokenizer, original.double(), tuned.double(), unet.double(), vae.double(), config

@@ -1,12 +1,10 @@
 """Direct fine-tuning: the image of one prediction against the definition written out, in float64, and its gradient."""
 
-import copy
-
 import pytest
 import torch
 
 from textcraftor.direct import denoise_once, make_direct_images
-from textcraftor.models import Model, load_model, make_networks
+from textcraftor.models import Model, make_networks
 from textcraftor.sampling import make_scheduler, prompt_noise
 
 CAPTIONS = ["a red fox", "two apples on a table", "an owl"]
@@ -19,17 +17,6 @@ def alphas_and_sigmas():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-
-
-@pytest.fixture(scope="module")
-def double_model(stable_diffusion):
-    """tokenizer, original encoder, a tuned one a little away from it, unet, vae, scheduler config: all float64."""
-    tokenizer, original, unet, vae, config = load_model(str(stable_diffusion))
-    tuned = copy.deepcopy(original)
-    generator = torch.Generator().manual_seed(0)
-    for weight in tuned.parameters():
-        weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
-    return tokenizer, original.double(), tuned.double(), unet.double(), vae.double(), config
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from test_gradients import GUIDANCE, PROMPTS, K, T, double_model, gradient  # noqa: F401 (a fixture)
+from test_gradients import GUIDANCE, PROMPTS, K, T, gradient
 
 from textcraftor.errors import UserError
 from textcraftor.models import Model, make_networks
@@ -71,7 +71,7 @@ def written_out(model, noise, way, chosen):
 
 
 @pytest.mark.parametrize("way, chosen", [("drtune", {0, 2}), ("refl", 1)])
-def test_gradient_is_that_of_the_definition(double_model, way, chosen):  # noqa: F811
+def test_gradient_is_that_of_the_definition(double_model, way, chosen):
     tokenizer, original, tuned, unet, vae, config = double_model
     noise = prompt_noise(0, [0, 1], (4, 8, 8)).double()
     networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned)

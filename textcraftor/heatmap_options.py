@@ -7,7 +7,7 @@ from pathlib import Path
 import regex
 
 from textcraftor.errors import UserError
-from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS, make_parser, require
+from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS, check_tuned_steps, make_parser, require
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -50,11 +50,7 @@ def parse_options(description, argv=None):
 def check_options(args):
     """Raise UserError, one line, for options that make no sense together or a picture that could not be written."""
     require(args, {"step grad_steps guidance": 1, "seed": 0})
-    if not args.grad_steps <= args.step <= 1000:
-        raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the tuned "
-            "encoder drives the last of all steps"
-        )
+    check_tuned_steps(args)
     if not args.text_path:
         raise UserError("no --text_path: name the tuned text encoder to compare with the original one")
     if not word_spans(args.prompt):

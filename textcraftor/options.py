@@ -65,6 +65,15 @@ def require(args, bounds):
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least {bound}")
 
 
+def check_tuned_steps(args):
+    """Raise UserError unless grad_steps <= step <= 1000."""
+    if not args.grad_steps <= args.step <= 1000:
+        raise UserError(
+            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the tuned "
+            "text encoder is used in the last of all steps"
+        )
+
+
 def reward_specs(named, own, monitors):
     """Rewards to train on and to monitor, from their options.
 

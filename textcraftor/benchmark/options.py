@@ -7,7 +7,7 @@ from pathlib import Path
 from textcraftor.benchmark.prompt_lists import Benchmark
 from textcraftor.errors import UserError
 from textcraftor.mixing import Weighted, parse_weighted
-from textcraftor.options import SCHEDULERS, TEST_SEED, TEST_TUNED_STEPS, make_parser, require
+from textcraftor.options import SCHEDULERS, TEST_SEED, TEST_TUNED_STEPS, check_tuned_steps, make_parser, require
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "./stable-diffusion-v1-5"
@@ -122,11 +122,7 @@ def _last_parts(path, count):
 def check_options(args):
     """Raise UserError, one line, for options that make no sense together or cannot work."""
     require(args, {"step batch_size guidance": 1, "grad_steps limit seed prompt_weighting": 0})
-    if not args.grad_steps <= args.step <= 1000:
-        raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the tuned "
-            "text encoder is used in the last of all steps"
-        )
+    check_tuned_steps(args)
     if args.score_only and not Path(args.score_only).is_dir():
         raise UserError(f"--score_only {args.score_only}: no such folder; expected a folder of images")
     if args.score_only and args.prompt_eng:
