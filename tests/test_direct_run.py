@@ -43,7 +43,7 @@ def test_a_resumed_run_equals_one_never_stopped_and_learns(work, command, pictur
     with pytest.raises(UserError, match="t_max = 300, not 400"):
         train(*run, "--t_max", 400, "--max_steps", 7, "--output-path", "parts", "--resume")
     Image.new("RGB", (64, 64), "red").save("pictures/7.png")
-    with pytest.raises(UserError, match="had other training pictures"):
+    with pytest.raises(UserError, match="had different training pictures"):
         train(*run, "--max_steps", 7, "--output-path", "parts", "--resume")
 
 

@@ -487,12 +487,12 @@ def test_a_run_is_never_overwritten(work, command):
         train(*command, "--lr_scheduler", "cosine", "--max_steps", 2, "--output-path", "cosine", "--resume")
     own = Path("own.py").read_text()
     Path("own.py").write_text(own.replace("def redness", "def redness_of_old") + "redness = constant\n")
-    with pytest.raises(UserError, match="had other redness"):
+    with pytest.raises(UserError, match="had different redness"):
         train(*command, "--resume")
     Path("own.py").write_text(own)
     with open("prompts.csv", "a") as file:
         file.write("another prompt\n")
-    with pytest.raises(UserError, match="had other training prompts"):
+    with pytest.raises(UserError, match="had different training prompts"):
         train(*command, "--resume")
     assert (work / "output" / "tc_text.safetensors").read_bytes() == before
 

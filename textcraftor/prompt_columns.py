@@ -1,4 +1,4 @@
-"""Which column of a table holds the prompts, what separates the columns, and whether the first line is a header."""
+"""Find the column of a table that holds the prompts, the delimiter, and whether the first line is a header."""
 
 import csv
 import re
@@ -7,8 +7,8 @@ from numbers import Number
 
 from textcraftor.errors import UserError
 
-# Names of caption columns in public data sets, the most telling first. Case, spaces, quotation marks and BOMs at the
-# ends do not matter, and neither does whether words are joined by "_", "-" or spaces.
+# Names of caption columns in public data sets, the best first. Case does not matter, nor do spaces, quotation marks and
+# BOMs at the ends, nor whether words are joined by "_", "-" or spaces.
 NAMES = (
     "prompt", "prompts", "text prompt", "prompt text", "caption", "captions", "text", "texts", "txt", "description",
     "image description", "image caption", "top caption", "blip caption", "en text", "alt text", "sentence", "sentences",

@@ -1,4 +1,4 @@
-"""Reading prompt files of every format, piece by piece, with the numbers of the rows that cannot be read."""
+"""Read prompt files of every supported format in pieces, and list the rows that cannot be read."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from textcraftor.prompt_tables import BOM, SAMPLE, open_utf8, read_table, sift, 
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 LINES = 100_000  # lines of other files that are read at once
-# Files that are not what their name says: how they begin, what they are, what to do.
+# Files that are not what their names say: (how the file begins, what it is and what to do).
 MISTAKEN = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; unpack it, or save the sheet as csv in UTF-8",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
@@ -35,7 +35,7 @@ def open_prompts(path: Path) -> tuple[str | None, Iterator[tuple[list[str], list
     a cell loses its quotation marks only if they enclose it. They hold tabs together only where a line would have too
     many cells, and join lines only if at most one of these has as many cells as the header by itself.
 
-    Raises UserError, also while the pieces are read, if the file cannot be read or holds something else than prompts.
+    Raises UserError, also while iterating over the pieces, if the file cannot be read or does not hold prompts.
     """
     try:
         start = _head(path)

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: its options, and metrics.csv with one row per step."""
+"""The record of a run: options.json, and metrics.csv with one row per step."""
 
 import csv
 import json
@@ -33,10 +33,11 @@ def read_options(folder):
 
 
 class Record:
-    """metrics.csv and its rows. The progress line, the curves and the best score all derive from these rows, so a
-    resumed run has the same.
+    """The rows of metrics.csv. The progress line, the curves and the best score are computed from them, so they are the
+    same in a resumed run.
 
-    A row is a dict of numbers with its "step"; what a step lacks (mostly validation scores) is left out.
+    A row is a dict of numbers, one of them "step"; values that a step does not have, such as validation scores, are
+    left out.
     """
 
     def __init__(self, folder, columns, writes=True):
@@ -52,7 +53,7 @@ class Record:
                 file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
     def resume(self, options, compared, last_step):
-        """Continue a run: forget the rows after `last_step`. Raises UserError if those `compared` of options differ."""
+        """Continue a run: drop rows after `last_step`. Raises UserError if any `compared` option has changed."""
         earlier = read_options(self.folder)
         options = json.loads(json.dumps(options))
         for name in compared:
@@ -61,7 +62,7 @@ class Record:
                 if name == "content":
                     before = earlier.get(name) or {}
                     changed = [what for what, value in options[name].items() if value != before.get(what)]
-                    found = f"had other {', '.join(changed) or 'files'} (compared by content)"
+                    found = f"had different {', '.join(changed) or 'files'} (compared by content)"
                 raise UserError(
                     f"--resume: the run in {self.folder} {found}; repeat its options, or start another run with "
                     "another --output-path"
@@ -101,7 +102,7 @@ class Record:
         return sum(values) / len(values) if values else math.nan
 
     def line(self, names, window):
-        """Means of columns over their last values and the newest validation, short enough for a progress bar."""
+        """Means of columns over the last `window` steps and the newest validation score, for the progress bar."""
         parts = [f"{name} {self.mean(name, window):.4g}" for name in names]
         return " ".join([*parts, f"| held out {self.mean('val_total', 1):.4g}"])
 

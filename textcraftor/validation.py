@@ -84,14 +84,14 @@ def validation_noise(indices, shape):
 
 
 def save_look(scores, images, path):
-    """Keep what validate returned."""
+    """Save the result of validate."""
     with write_whole(path) as unfinished:
         tensors = {"images": images.contiguous(), **{f"score {name}": score for name, score in scores.items()}}
         save_file(tensors, unfinished)
 
 
 def load_look(path):
-    """What save_look kept: (scores, images)."""
+    """Load what save_look saved -> (scores, images)."""
     tensors = load_file(path)
     images = tensors.pop("images")
     return {name.removeprefix("score "): score for name, score in tensors.items()}, images

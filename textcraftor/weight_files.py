@@ -1,4 +1,4 @@
-"""The text encoder and the UNet on disk: find their files, read them under any common names, write them.
+"""Find, read and write the files of text encoders and UNets, whatever common names their weights have.
 
 Files are written under the names that transformers 4 and 5, diffusers and ComfyUI know. States of a run should use
 public_state and load_public_state: the names in CLIPTextModel.state_dict() differ among versions of transformers.
@@ -58,7 +58,7 @@ def public_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_public_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Load what public_state returned, under this or another version of transformers, strictly and in place.
+    """Load a state dict from public_state strictly and in place, whichever version of transformers it came from.
 
     path: where it was read, for messages. Raises UserError if it does not fit or holds NaN or infinity.
     """
@@ -141,7 +141,7 @@ def text_encoder_state(states: list[State], path: Path | str) -> dict[str, torch
     """The CLIP text encoder in a file, names without any prefix: embeddings.…, encoder.…, final_layer_norm.…
 
     Leaves out whatever else lies beside it, such as CLIP's projections, logit scale and image encoder, and the constant
-    position_ids. Raises UserError if there is no text encoder or it is of another model.
+    position_ids. Raises UserError if there is no text encoder, or only one of another kind of model.
     """
     wanted = "CLIP text encoder"
     check_model_family(states, path, wanted)
