@@ -20,7 +20,7 @@ from textcraftor.comparison import votes
 from textcraftor.comparison.report import METHOD, comparison_tables, write_report
 from textcraftor.comparison.runs import comparison_hash, notes, pair, read_runs, settings_table
 from textcraftor.errors import UserError, run_program
-from textcraftor.files import write_whole
+from textcraftor.files import check_writable, read_json_object, write_whole
 from textcraftor.options import make_parser, require
 from textcraftor.pictures import difference_plot
 from textcraftor.statistics import compare_groups
@@ -62,9 +62,8 @@ def parse(argv):
         raise UserError("--blind writes the page and --votes reads its votes afterwards; give only one of them")
     if args.limit and not args.blind:
         raise UserError("--limit works only with --blind; scores are compared on all prompts")
+    check_writable(args.output_path, "--output_path")
     args.output_path = Path(args.output_path)
-    if args.output_path.exists() and not args.output_path.is_dir():
-        raise UserError(f"--output_path {args.output_path}: is a file, expected a folder; choose another")
     return args
 
 
@@ -101,13 +100,12 @@ def earlier_runs(file):
     """The runs that an existing comparison.json compares, None if there is no such file; UserError if it is damaged."""
     if not file.exists():
         return None
+    remedy = "choose another --output_path, or remove the file"
     try:
-        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        runs = read_json_object(file, remedy)["runs"]
         return [{name: run[name] for name in ("label", "name", "folder")} for run in runs]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"{file}: is not a comparison of compare.py; choose another --output_path, or remove it"
-        ) from problem
+    except (KeyError, TypeError) as problem:
+        raise UserError(f"{file}: is not a comparison of compare.py; {remedy}") from problem
 
 
 def write_json(file, content):

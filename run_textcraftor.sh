@@ -1,9 +1,9 @@
 #!/bin/sh
-# Train on every visible GPU, or on the CPU of a machine without. Without arguments this is the
-# released script's run on 8 GPUs; what you add comes last and wins:
+# Train on every visible GPU, or on the CPU if there is none. On 8 GPUs this is the released script's run. Options that
+# you add override these:
 #   sh run_textcraftor.sh
 #   sh run_textcraftor.sh --hpsv2 2. --output-path output/more_hpsv2
-#   sh run_textcraftor.sh --model miniature        the small model that ships here, in minutes, with its own defaults
+#   sh run_textcraftor.sh --model miniature        the small model in this repository, in minutes, with its own defaults
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 . "$repository/setup_env.sh"
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# The HPSv2 benchmark, generated and scored on every visible GPU, or on the CPU of a machine without. It is the paper's
-# text encoder unless the arguments say what to test; what you add comes last and wins:
+# The HPSv2 benchmark, generated and scored on all visible GPUs, or on the CPU if there is none. Without arguments that
+# say what to test, it tests the paper's text encoder. Your arguments come last, so they win:
 #   sh test_hpsv2.sh
 #   sh test_hpsv2.sh --text_path output/tc_text.safetensors
 #   sh test_hpsv2.sh --text_path ''           the original model
-#   sh test_hpsv2.sh --model miniature        the small model that ships here, in minutes
+#   sh test_hpsv2.sh --model miniature        the small model in this repository, in minutes
 repository=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 . "$repository/setup_env.sh"
 

@@ -1,296 +1,302 @@
-"""
-TextCraftor: reward fine-tuning of the text encoder (and, afterwards, the UNet) of Stable Diffusion, from prompts alone.
-https://arxiv.org/abs/2403.18978
+"""TextCraftor (https://arxiv.org/abs/2403.18978): fine-tune the text encoder of Stable Diffusion, and optionally
+the UNet, with differentiable rewards, from prompts alone.
 
-The released script's run, on every GPU of this machine (the same as `sh run_textcraftor.sh`):
+With the released script's settings, on all GPUs of this machine (same as `sh run_textcraftor.sh`):
 $ accelerate launch train_textcraftor.py --prompts openprompts.csv
 
-The small Stable Diffusion that ships with this repository, on a CPU, in minutes:
+The miniature Stable Diffusion in this repository, in minutes on a CPU:
 $ python train_textcraftor.py --model miniature
 
-The second stage, the UNet under the tuned text encoder:
+Second stage: train the UNet with the tuned text encoder:
 $ accelerate launch train_textcraftor.py --text_path output/tc_text.safetensors --lr_text 0 --lr_unet 1e-6 \\
       --batch-size 1 --output-path output_unet
 
-Continue after an interruption: the same command and --resume. All options: textcraftor/training_options.py
+To resume a run that stopped, repeat its command with --resume. All options: textcraftor/training_options.py
 """
 
 import copy
 import math
-import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from textcraftor.errors import UserError, run_program
-from textcraftor.options import COLUMNS, TEST_TUNED_STEPS, check_all
-from textcraftor.training_options import FREE_ON_RESUME, parse_options
+from textcraftor.options import COLUMNS, check_all
+from textcraftor.training_options import parse_options, recorded_options
 
 if __name__ == "__main__":
-    run_program(parse_options)  # before the slow imports: --help and mistakes are answered at once
+    run_program(parse_options)  # before the slow imports, so that --help and errors appear at once
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    GradScalerKwargs,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from rewards import REWARDS, check_files, load_reward
+from rewards import REWARDS, check_files
+from rewards.constraint import ClipConstraint, check_constraint
 from rewards.own import load_function
 from rewards.sum import RewardSum
-from textcraftor import checkpoints, pictures
-from textcraftor.embeddings import count_cut
-from textcraftor.files import write_whole
-from textcraftor.hashes import file_hash, weights_hash
-from textcraftor.interrupts import Stopped, raise_if_stopped, stop_signals
-from textcraftor.models import check_model, latent_shape, load_model, make_networks, quiet_libraries
-from textcraftor.precision import PRECISIONS, choose_precision
-from textcraftor.prompts import check_prompts, checksum, describe
+from rewards.training import load_rewards
+from textcraftor import checkpoints
+from textcraftor.checkpoints import Trained
+from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_data
+from textcraftor.direct import make_direct_images
+from textcraftor.embeddings import count_cut, embed_prompts
+from textcraftor.hashes import run_content
+from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.objective import training_objective
+from textcraftor.precision import PRECISIONS
+from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.run_folder import Record, read_options
-from textcraftor.sampling import make_images, make_scheduler
-from textcraftor.statistics import paired_table
-from textcraftor.stream import batch_numbers, share_prompts, training_batch
-from textcraftor.trackers import log_picture, start_trackers
-from textcraftor.validation import load_look, save_look, validate, validation_noise
-from textcraftor.weight_files import check_text_encoder, load_text_encoder, load_unet, save_text_encoder, save_unet
+from textcraftor.sampling import make_images, make_scheduler, training_sampler
+from textcraftor.stream import batch_numbers
+from textcraftor.trackers import start_trackers
+from textcraftor.validation import PICTURES, look, show_results
+from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
-WINDOW = 20  # steps that the progress line averages
-GRID = 8  # held-out prompts in the pictures
-MOST_SKIPS = 10  # updates skipped in a row that end the run
+WINDOW = 20  # the progress line shows averages over this many steps
+MOST_SKIPS = 10  # end the run after this many skipped updates in a row; each halves the fp16 loss scale, down to 1
 
 
 def main(argv=None):
     args = parse_options(argv)
-    output = Path(args.output_path)
-    specs = [*args.weighted, *args.monitored]
-
-    # Files: everything that is missing, in one message, before any model is loaded.
     quiet_libraries()
-    checks = [(check_model, args.model), (check_prompts, args.prompts)]
-    checks += [(check_prompts, args.val_prompts)] if args.val_prompts else []
-    checks += [(check_text_encoder, args.text_path)] if args.text_path else []
-    check_all([*checks, (check_files, [spec for spec in specs if spec in REWARDS], args.weights)])
-    functions = {spec: load_function(spec) for spec in specs if ":" in spec}
+    functions = check_inputs(args)
+    run, first_step, last_step = set_up(args, functions)
+    after = train(run, first_step, last_step)
+    if after and run.accelerator.is_main_process:
+        show_results(run, last_step, after)
+    run.accelerator.end_training()
 
-    # Processes and precision.
-    if args.resume and args.mixed_precision == "auto":
-        args.mixed_precision, why = read_options(output).get("mixed_precision", "auto"), "as when this run began"
-    else:
-        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device  # as Accelerator starts it
-        args.mixed_precision, why = choose_precision(args.mixed_precision, device)
-    accelerator = make_accelerator(args, output)
+
+def check_inputs(args):
+    """Report all missing or unusable files at once, before loading any model -> {user's own reward: function}."""
+    specs = [*args.weighted, *args.monitored]
+    checks = [(check_model, args.model), *data_checks(args)]
+    checks += [(check_text_encoder, args.text_path)] if args.text_path else []
+    checks += [(check_constraint, args.weights)] if args.clip_constraint else []
+    check_all([*checks, (check_files, [spec for spec in specs if spec in REWARDS], args.weights)])
+    return {spec: load_function(spec) for spec in specs if ":" in spec}
+
+
+def set_up(args, functions):
+    """Prepare prompts, networks, rewards, optimizer and run folder -> (Run, steps already done, last step)."""
+    output = Path(args.output_path)
+    why = settle_precision(args)
+    accelerator = make_accelerator(args, loss_scale=2.0 ** (MOST_SKIPS - 1))
     device, is_main = accelerator.device, accelerator.is_main_process
     say = tqdm.write if is_main else lambda text: None
     low_precision = PRECISIONS[args.mixed_precision]
-    set_seed(args.seed % 2**32)  # for users' own rewards; the order of prompts and the noise use the whole seed
+    set_seed(args.seed % 2**32)  # for users' own rewards; prompts and noise use their own generators
 
-    # Prompts.
-    prompts, held_out, reports = share_prompts(accelerator, args.prompts, args.val_prompts, args.val_count)
-    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(prompts) / global_batch) or math.inf)
-    for path, report in reports.items():
-        say(describe(path, report))
-    say(f"{len(prompts)} prompts to train on, {len(held_out)} held out.")
-    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
-
-    # Model. What is frozen is kept and computed in low precision; what trains is fp32, under autocast.
+    # Data and networks. Frozen networks are cast to low precision; trained ones keep fp32 and run under autocast.
+    data = read_prompt_data(accelerator, args) if args.method == "prompts" else None  # mistakes show before models load
     model = load_model(args.model)
+    model.vae.to(device)
+    data = data or read_picture_data(accelerator, args, model)
     text_encoder = copy.deepcopy(model.text_encoder) if args.lr_text or args.text_path else model.text_encoder
     if args.text_path:
         load_text_encoder(text_encoder, args.text_path)
-    content = {}
-    if is_main:
-        content |= {"training prompts": checksum(prompts), "held-out prompts": checksum(held_out)}
-        content |= {"model": [weights_hash(network) for network in model[1:4]], "text_path": weights_hash(text_encoder)}
-        content |= {spec.rpartition(":")[2]: file_hash(spec.rpartition(":")[0]) for spec in functions}
     model.text_encoder.to(device, low_precision)
     model.vae.to(device, low_precision)
     model.unet.to(device, torch.float32 if args.lr_unet else low_precision)
     text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # blocks of all widths and resolutions share one piece of code
+        torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
-    networks = make_networks(model, text_encoder)
-    scheduler, shape = make_scheduler(model.scheduler_config, args.step), latent_shape(model)
+    global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
+    say("\n".join(data.lines))
+    say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
 
-    # Rewards and monitors.
-    def load(spec):
-        return functions[spec] if spec in functions else load_reward(spec, args.weights, device, low_precision)
+    rewards, monitors, constraint = load_rewards(
+        args, functions, data.prompts, model.text_encoder, device, low_precision
+    )
+    content = data.content | run_content(model, text_encoder, rewards.rewards, functions) if is_main else {}
 
-    rewards = RewardSum([(load(spec), weight) for spec, weight in args.weighted.items()])
-    monitors = [load(spec) for spec in args.monitored]
-
-    # What trains, and its optimizer.
-    trained = []
-    if args.lr_text:
-        trained.append(checkpoints.Trained("tc_text", text_encoder, args.lr_text, save_text_encoder, load_text_encoder))
-    if args.lr_unet:
-        trained.append(checkpoints.Trained("tc_unet", model.unet, args.lr_unet, save_unet, load_unet))
+    # The trained networks, their optimizer, and the networks that make images.
+    trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
+    trained = [part for part in trained if part.learning_rate]
     if accelerator.is_fsdp2:
-        model.unet.to(memory_format=torch.contiguous_format)  # FSDP splits no other format
-    groups = [
-        {"params": list(part.network.requires_grad_().parameters()), "lr": part.learning_rate} for part in trained
-    ]
+        model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
+    networks = make_networks(model, text_encoder)
+    groups = [{"params": [*part.network.requires_grad_().parameters()], "lr": part.learning_rate} for part in trained]
     *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
     by_name = {part.name: part.network for part in trained}
     networks = networks._replace(
         text_encoder=by_name.get("tc_text", networks.text_encoder), unet=by_name.get("tc_unet", networks.unet)
     )
+    ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
-    # Start, or resume after the last checkpoint.
+    # Start a run folder, or continue after the last checkpoint in it.
+    options, compared = recorded_options(args, global_batch, last_step, content)
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
-    columns = [*COLUMNS, *names, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
-    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored")}
-    own_weights = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
-    options |= {"images per step": global_batch, "reward weights": own_weights}
-    options |= {"last step": last_step} if args.lr_scheduler != "constant_with_warmup" else {}
-    options |= {"content": content, "tracker run": secrets.token_hex(4)}
-    compared = [name for name in options if name not in FREE_ON_RESUME | {"tracker run"}]
+    extras = [name for name in ("clip_constraint", "anchor") if getattr(args, name)]
+    columns = [*COLUMNS, *names, *extras, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     record, first_step = Record(output, columns, writes=is_main), 0
     checkpoints.keep_weights_out_of_state(accelerator)
     if args.resume:
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
+        if ema:
+            ema.to(device)
         last_step = max(first_step, last_step)
-        record.resume(options, compared if is_main else [], first_step)  # the main process alone knows the contents
+        record.resume(options, compared if is_main else [], first_step)  # only the main process has the hashes
         options["tracker run"] = read_options(output)["tracker run"]
-        say(f"continuing after step {first_step} of the run in {output}")
+        say(f"resuming the run in {output} after step {first_step}")
     else:
         checkpoints.check_disk(output, trained, args.keep_checkpoints)
         record.start(options)
         record.add({"step": 0})
-    bad_rows = [f"{path}: line {number}\n" for path, report in reports.items() for number in report["bad"]]
-    if is_main and bad_rows:
-        with write_whole(output / "bad_rows.txt") as file:
-            file.write_text("".join(bad_rows), encoding="utf-8")
+    if is_main:
+        data.write_skipped(output)
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
-    # Train. A signal raises Stopped at the next safe point: then the checkpoint is all that is written.
+    scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
-        args, accelerator, output, sample, shape, rewards, monitors, names, trained, optimizer, factor, prompts,
-        held_out, record, count_cut=partial(count_cut, model.tokenizer),
+        args, accelerator, output, data, sample, scheduler, latent_shape(model),
+        networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
     )  # fmt: skip
-    done, after = first_step, None
+    return run, first_step, last_step
+
+
+def train(run, first_step, last_step):
+    """Train from first_step to last_step, validate and save -> (scores, images) of the last validation.
+
+    On SIGINT or SIGTERM, save a checkpoint, skip everything else and return None.
+    """
+    args, record, say, done, after = run.args, run.record, run.say, first_step, None
+    is_main = run.accelerator.is_main_process
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
     with stop_signals() as received, bar:
-        check_stop = partial(raise_if_stopped, accelerator, received)
+        check_stop = partial(raise_if_stopped, run.accelerator, received)
         try:
             if "val_total" not in record.rows[-1] and is_due(args.val_every, done, last_step):
-                after = look(run, done, len(held_out), check_stop)
+                after = look(run, done, len(run.data.held_out), check_stop)
             for step in range(first_step + 1, last_step + 1):
-                row = train_step(run, step, check_stop)
+                record.add(train_step(run, step, check_stop))
                 done = step
-                record.add(row | {"epoch": step * global_batch / len(prompts)})
                 bar.update()
-                bar.set_postfix_str(record.line(["total", *names], WINDOW))
+                bar.set_postfix_str(record.line(["total", *run.names], WINDOW))
                 check_stop()
                 if is_due(args.val_every, step, last_step):
-                    after = look(run, step, len(held_out), check_stop)
+                    after = look(run, step, len(run.data.held_out), check_stop)
                 elif args.sample_every and step % args.sample_every == 0:
-                    look(run, step, min(GRID, len(held_out)), check_stop)
-                accelerator.log(record.rows[-1], step=step)
+                    look(run, step, min(PICTURES, len(run.data.held_out)), check_stop)
+                run.accelerator.log(record.rows[-1], step=step)
                 skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
                 if skips:
-                    say(f"step {step}: loss or gradient is not finite; update skipped, {skips} in a row")
+                    say(f"step {step}: loss or gradient is not finite; update skipped ({skips} in a row)")
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(output, trained):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained):
                         save(run, step)
                     else:
-                        say(f"step {step}: NOT SAVED: {output} is on a full disk; make room before the next save")
+                        say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
                 if skips >= MOST_SKIPS:
-                    raise UserError(f"{skips} updates in a row were not finite; the last good weights are in {output}")
+                    raise UserError(f"{skips} updates in a row were not finite; {run.output} has the last good weights")
         except Stopped:
             save(run, done)
-            say(f"stopped after step {done}, all saved; continue with the same command and --resume")
-            return accelerator.end_training()
-
-    # Results.
-    after = after or look(run, last_step, len(held_out), lambda: None)
-    if is_main:
-        before = load_look(output / "resume" / "before.safetensors")
-        pictures.before_after_grid(before, after, held_out, f"{last_step} steps", output / "before_after.png")
-        pictures.reward_curves(record.rows, names, monitor_names, output / "curves.png")
-        print(paired_table(before[0], after[0]))
-        skipped, cut = (sum(row.get(name, 0) for row in record.rows) for name in ("skipped", "cut"))
-        print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut, being longer than the text encoder reads")
-        for name in (
-            *(f"{part.name}.safetensors" for part in trained),
-            "before_after.png",
-            "curves.png",
-            "metrics.csv",
-        ):
-            print(output / name)
-    accelerator.end_training()
+            say(f"stopped after step {done}, checkpoint saved; to continue, repeat the command with --resume")
+            return None
+    return after or look(run, last_step, len(run.data.held_out), lambda: None)
 
 
 class Run(NamedTuple):
-    """What the functions below share."""
+    """Everything that training, validation and saving share."""
 
-    args: object
+    args: Namespace
     accelerator: Accelerator
     output: Path
-    sample: Callable  # make_images with all but prompts, noise and the number of tuned steps given
+    data: Data
+    sample: Callable  # make_images with all but prompts, noise and tuned_steps filled in
+    scheduler: DDIMScheduler
     shape: tuple[int, int, int]  # of one image's latents
+    networks: Networks
     rewards: RewardSum
     monitors: list
-    names: list[str]  # of the rewards
-    trained: list[checkpoints.Trained]
+    constraint: ClipConstraint | None
+    trained: list[Trained]
     optimizer: torch.optim.Optimizer
-    factor: Callable  # step -> what the learning rates are multiplied by
-    prompts: Sequence[str]
-    held_out: list[str]
+    ema: EMAModel | None  # moving average of the trained weights
+    factor: Callable  # step -> learning-rate multiplier
     record: Record
-    count_cut: Callable
+    say: Callable  # prints a line above the progress bar, on the main process only
+
+    @property
+    def names(self):
+        return [reward.name for reward in self.rewards.rewards]
+
+    @contextmanager
+    def averaged(self):
+        """The trained networks have the weights' moving average inside, if there is one."""
+        weights = optimizer_parameters(self.optimizer)
+        if self.ema:
+            self.ema.store(weights)
+            self.ema.copy_to(weights)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(weights)
+
+    @property
+    def global_batch(self):
+        """Images per optimizer step, over all processes."""
+        return self.args.batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
 
 
 def train_step(run, step, check_stop):
     """Sample, score, backward, update: one optimizer step -> its row of metrics.csv.
 
-    loss = -(weighted sum of rewards), averaged over micro-batches and processes. check_stop() is called before each
-    micro-batch and may raise: the weights are still those of the step before.
+    loss = -(weighted sum of rewards), averaged over micro-batches and processes. check_stop() may
+    raise before any micro-batch; the weights are then still those of the previous step.
     """
     args, accelerator, optimizer, began = run.args, run.accelerator, run.optimizer, time.perf_counter()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    accumulation = args.gradient_accumulation_steps
     recompute = {"checkpoint": args.gradient_checkpointing == "full", "vae_checkpointing": args.vae_checkpointing}
-    accumulation, process, processes = (
-        args.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    if args.method == "direct":
+        sample = partial(make_direct_images, run.networks, run.scheduler, guidance=args.guidance)
+    else:
+        sampler, tuned_steps = training_sampler(args.gradient, args.grad_range, args.driven, args.seed, step)
+        sample = partial(run.sample, sampler=sampler, tuned_steps=tuned_steps)
     parts, cut = [], 0
     for number in range(accumulation):
         check_stop()
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
-        prompts, noise = training_batch(run.prompts, args.seed, run.shape, numbers)
-        with ExitStack() as alone:
-            for part in run.trained if number < accumulation - 1 else ():  # processes exchange the last sum only
-                alone.enter_context(accelerator.no_sync(part.network))
-            images = run.sample(prompts, noise, tuned_steps=args.grad_steps, **recompute)
-            total, scores = run.rewards(images, prompts)
-            if not total.requires_grad:
-                raise UserError("no reward in use is differentiable in the images: there is nothing to learn from")
-            accelerator.backward(-total.mean() / accumulation)
-        cut += run.count_cut(prompts)
-        parts.append(torch.stack([total.detach().mean(), *(scores[name].mean() for name in run.names)]))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        prompts, *start = run.data.batch(run.shape, numbers)
+        with ExitStack() as local:
+            for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients only after the last
+                local.enter_context(accelerator.no_sync(part.network))
+            conditions = embed_prompts(run.networks, prompts, args.prompt_weighting)
+            images = sample(prompts, *start, conditions=conditions, **recompute)
+            objective, scores = training_objective(
+                args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
+            )
+            if not objective.requires_grad:
+                raise UserError("no reward is differentiable in the images; train on at least one that is")
+            accelerator.backward(-objective.mean() / accumulation)
+        cut += count_cut(run.networks.tokenizer, prompts)
+        parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
+    parameters = optimizer_parameters(optimizer)
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
 
-    # Means over all processes, from which each of them decides the same.
+    # Average over all processes, so that they all decide alike whether to skip this update.
     here = torch.cat([torch.stack(parts).mean(dim=0), torch.tensor([cut * processes], device=accelerator.device)])
     *means, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
     skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
@@ -298,87 +304,36 @@ def train_step(run, step, check_stop):
         group["lr"] = part.learning_rate * run.factor(step)
     if not skip:
         optimizer.step()
+        if run.ema:
+            run.ema.step(parameters)
     elif accelerator.scaler:
         accelerator.scaler.update()
     optimizer.zero_grad()
 
-    seconds = time.perf_counter() - began
-    row = {"step": step, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "skipped": skip, "cut": cut}
-    row |= {"seconds": seconds, "images_per_second": args.batch_size * processes * accumulation / seconds}
-    return row | dict(zip(["total", *run.names], means, strict=True))
-
-
-def look(run, step, count, check_stop):
-    """Sample `count` held-out prompts as at test time and draw the first -> (scores, images), see validate.
-
-    With all held-out prompts it is a validation: the scores join the last row, and the best weights are kept.
-    """
-
-    def sample(prompts, indices):
-        noise = validation_noise(indices, run.shape)
-        return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
-
-    held_out = run.held_out[:count]
-    scores, images = validate(
-        run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, GRID, check_stop
-    )
-    is_main = run.accelerator.is_main_process
-    if count == len(run.held_out) and "val_total" not in run.record.rows[-1]:
-        means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
-        if means["val_total"] > run.record.best("val_total"):
-            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_best")
-        if is_main and step == 0:
-            save_look(scores, images, run.output / "resume" / "before.safetensors")
-        run.record.amend(means)
-        if is_main:
-            tqdm.write(f"step {step}, held out: " + ", ".join(f"{n} {s.mean():.4g}" for n, s in scores.items()))
-    if is_main and run.args.sample_every:
-        picture = pictures.sample_grid(images, held_out, scores, step)
-        with write_whole(run.output / "samples" / f"step_{step:06d}.png") as file:
-            picture.save(file)
-        log_picture(run.accelerator, "held-out prompts", picture, step)
-    return scores, images
+    seconds, images = time.perf_counter() - began, run.global_batch
+    row = {"step": step, "epoch": step * images / len(run.data.prompts), "lr": optimizer.param_groups[0]["lr"]}
+    row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
+    row |= {"seconds": seconds, "images_per_second": images / seconds}
+    return row | dict(zip(["total", *scores], means, strict=True))
 
 
 def save(run, step):
-    """Write a checkpoint of the weights and of all that continuing after `step` needs."""
-    args, images = run.args, run.args.batch_size * run.args.gradient_accumulation_steps * run.accelerator.num_processes
-    epoch = max(0, step * images - 1) // len(run.prompts)
-    checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, args.keep_checkpoints)
+    """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
+    epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
+    checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
+    if run.ema:
+        with run.averaged():
+            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
+
+
+def optimizer_parameters(optimizer):
+    """The weights in training, in one order for clipping and averaging."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every, step, last_step):
-    """Whether something that happens every so many steps (0: only first and last) happens after this step."""
+    """Whether to run a periodic task after this step: every `every` steps (0 = never) and at steps 0 and last_step."""
     return step in (0, last_step) or bool(every and step % every == 0)
-
-
-def make_accelerator(args, output):
-    """Accelerate's processes, precision and trackers, all given here: its environment variables must not change a run.
-
-    Raises UserError for ways to split a network that are not supported.
-    """
-    # DistributedDataParallel averages gradients, the UNet's too, though it runs K times for one backward: a weight's
-    # gradient is handed on after the last. Buffers are constants; to broadcast them would have processes wait for each
-    # other in validation. Autocast must not cache: it may reuse weights cast without gradient. fp16's loss scale is
-    # halved after each step that overflows: the last of MOST_SKIPS has scale 1.
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the training step accumulates itself
-        log_with=args.report_to or None,
-        project_dir=output,
-        kwargs_handlers=[
-            AutocastKwargs(cache_enabled=False),
-            GradScalerKwargs(init_scale=2.0 ** (MOST_SKIPS - 1)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
-    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products on tensor cores; convolutions do so by default
-    if accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM", "FSDP") and not accelerator.is_fsdp2:
-        raise UserError(f"{accelerator.distributed_type.value}: not supported; to split a network, use FSDP version 2")
-    if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
-        raise UserError("FSDP splits one network: train the text encoder and the UNet one after the other")
-    return accelerator
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The LAION aesthetic score, about 0-10: a CLIP ViT-L/14 image embedding of unit length through five linear layers."""
+"""The LAION aesthetic score, about 0-10: five linear layers on the unit-length image embedding of a CLIP ViT-L/14."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -24,14 +24,15 @@ from textcraftor.errors import UserError
 
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 TOWER = ("ViT-L-14-quickgelu", "openai")
-LAYERS = ("0", "2", "4", "6", "7")  # the file numbers the dropouts between them too, which do nothing at test time
+LAYERS = ("0", "2", "4", "6", "7")  # the numbers between belong to dropouts, which do nothing at test time
 
 
 class Aesthetic(Reward):
-    """Ignores the prompts; has no text tower."""
+    """An aesthetic score. It ignores the prompts and has no text tower."""
 
     name = "aesthetic"
     scale = 3.0
+    reads_prompts = False
 
     def __init__(self, visual: nn.Module, head: nn.Module, normalization=OPENAI):
         super().__init__()
@@ -54,23 +55,23 @@ def missing(root: Path) -> list[str]:
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Aesthetic:
-    """The aesthetic reward; UserError if the weights do not fit, or the head does not fit the tower."""
+    """The aesthetic reward. Raises UserError if weights do not fit, also if the head does not fit the tower."""
     path = root / "aesthetic" / HEAD
-    head = load_head(path)  # first, as it is small
+    head = load_head(path)  # first, since it loads in no time
     architecture, weights = find_tower(root / "aesthetic" / "clip", *TOWER)
     visual = load_open_clip_visual(architecture, weights)
     if head[0].in_features != visual.output_dim:
         raise UserError(
             f"{path} takes image embeddings of {head[0].in_features} numbers, the tower gives {visual.output_dim}; "
-            "put the head and the tower of the same model there"
+            "use the head and the tower of the same model"
         )
     reward = Aesthetic(visual, head.to(at_least_fp32(dtype)), open_clip_normalization(architecture))
     return reward.frozen(device, dtype)
 
 
 def load_head(path: Path) -> nn.Sequential:
-    """The linear layers in the file, with its widths (768-1024-128-64-16-1 in the released one), fp32."""
-    state = read_clip(path, "layers.0.weight", "an aesthetic head (layers.0.weight, …)")
+    """The linear layers in the file, in fp32, as wide as they are there (768-1024-128-64-16-1 in the released one)."""
+    state = read_clip(path, "layers.0.weight", "aesthetic head (layers.0.weight, …)")
     weights = [state.get(f"layers.{layer}.weight") for layer in LAYERS]
     if any(weight is None or weight.ndim != 2 for weight in weights):
         expected = ", ".join(f"layers.{layer}.weight" for layer in LAYERS)

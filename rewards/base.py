@@ -1,4 +1,4 @@
-"""What all rewards have in common: images and their prompts in, one score per image out, differentiable in images."""
+"""What all rewards share: images and their prompts in, one score per image out, differentiable in the images."""
 
 import logging
 from itertools import permutations
@@ -20,8 +20,8 @@ class Reward(nn.Module):
     - `tower`, the network, with its `image_size` (height, width) and `context_length` in tokens,
     - `mean` and `std` per channel, if the tower was not trained with OpenAI's,
 
-    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt overrides `score`
-    instead of the last two. Loaders return `reward.frozen(device, dtype)`.
+    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt sets `reads_prompts`
+    to False and overrides `score` instead of the last two. Loaders return `reward.frozen(device, dtype)`.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Reward(nn.Module):
     context_length: int
     mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     std: tuple[float, ...] = OPENAI_DATASET_STD
+    reads_prompts = True
 
     def __init__(self):
         super().__init__()
@@ -54,8 +55,12 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
-        """Unit image features (B, D) and the images' prompts -> (B,): the cosine of each image and its own prompt."""
-        return (image_features * self.text_features(prompts).to(image_features)).sum(dim=-1)
+        """Unit image features (B, D) and the images' prompts -> (B,) unscaled rewards."""
+        return self.compare(image_features, self.text_features(prompts))
+
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Image and text features, both (B, D) -> (B,): the cosine of each image and its own prompt."""
+        return (image_features * text_features.to(image_features)).sum(dim=-1)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,) unscaled rewards; ValueError for anything else."""
@@ -74,8 +79,8 @@ class Reward(nn.Module):
     def text_features(self, prompts: list[str]) -> Tensor:
         """B prompts -> unit features (B, D), fp32 (float64 if the tower is), without gradient.
 
-        All prompts go through the text tower as one batch and nothing is cached: the last bits of a batched product
-        depend on the batch, so with a cache they would depend on what came before, and a resumed run would differ.
+        All prompts go through the text tower as one batch, and nothing is cached: the last bits of a matrix product
+        depend on the batch, so cached features would depend on earlier batches, and a resumed run would differ.
         """
         weight = next(self.tower.parameters())
         self._warn_if_truncated(prompts)
@@ -83,15 +88,15 @@ class Reward(nn.Module):
             return normalize(self.encode_text(self.tokenize(prompts, self.context_length).to(weight.device)))
 
     def frozen(self, device: torch.device | str, dtype: torch.dtype) -> "Reward":
-        """This reward in eval mode on `device`, without trainable weights, its tower in `dtype`."""
+        """This reward on `device`, in eval mode, with its weights frozen and its tower in `dtype`."""
         self.tower.to(dtype)
         return self.to(device).eval().requires_grad_(False)
 
     def _warn_if_truncated(self, prompts: list[str]) -> None:
-        """Warn once that prompts are truncated, with how many of these are."""
+        """Warn, once, that prompts are truncated, and say how many of these."""
         if self._warned:
             return
-        # With room for one more token, a prompt that is too long has its end token (the largest id) in that place.
+        # With room for one more token, the end token (the largest id) of a prompt that is too long takes that place.
         longer = self.tokenize(prompts, self.context_length + 1)
         truncated = (longer.argmax(dim=-1) == self.context_length).sum().item()
         if truncated:
@@ -103,9 +108,9 @@ class Reward(nn.Module):
 
 
 def share_towers(rewards: list[Reward]) -> None:
-    """Make a reward with an image tower only (the aesthetic one) use that of another reward, if they are equal.
+    """Let a reward with only an image tower (the aesthetic one) use that of another reward if the two are equal.
 
-    Equal means the same layers, weights, image size and pixel normalisation.
+    Equal towers have the same layers, weights, image size and pixel normalisation.
     """
 
     def pixels(reward):
@@ -118,7 +123,7 @@ def share_towers(rewards: list[Reward]) -> None:
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two networks have the same layers (GELU is not QuickGELU), attention heads and weights."""
+    """Whether two networks have the same layers (GELU and QuickGELU differ), attention heads and weights."""
 
     def layers(network):
         return repr(network), [getattr(module, "num_heads", None) for module in network.modules()]

@@ -1,8 +1,8 @@
 """
-Check the four released reward models: score a few drawn pictures and compare the scores with golden.json.
+Check the four released reward models: score four simple drawings and compare the scores with golden.json.
 $ python -m rewards.check
 
-Where golden.json has no score yet, this records one. Please send it in, so that others can compare theirs.
+A score that golden.json does not have yet is recorded there. Please contribute it, so that others can compare theirs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SIZE = 512
 
 
 def pictures():
-    """{prompt: picture (3, SIZE, SIZE) in [0, 1]}, drawn with integers and so the same bits on every machine."""
+    """{prompt: picture (3, SIZE, SIZE) in [0, 1]}, drawn in integers, hence the same to the bit on every machine."""
     y, x = np.mgrid[:SIZE, :SIZE]
     disc = (x - 256) ** 2 + (y - 256) ** 2 < 140**2
     square = (abs(x - 256) < 120) & (abs(y - 256) < 120)
@@ -49,9 +49,9 @@ def _paint(pixels, mask, colour):
 
 @torch.inference_mode()
 def measure(reward):
-    """{prompt: score} of the pictures, and how many of them are closest to their own prompt (None: prompts unused).
+    """({prompt: score}, number of pictures whose own prompt is the closest, or None if the reward ignores prompts).
 
-    The second needs no reference: less than four of four, and the model cannot tell a circle from the sea.
+    The number needs no reference: unless it is four of four, the model cannot tell a circle from the sea.
     """
     prompts, images = list(pictures()), torch.stack(list(pictures().values()))
     scores = dict(zip(prompts, reward(images, prompts).tolist(), strict=True))
@@ -62,10 +62,10 @@ def measure(reward):
 
 
 def compare(name, scores, golden):
-    """Compare scores of the reward `name` with `golden`; returns one line per score, and how many differ.
+    """Compare scores of the reward `name` with `golden` -> (one line per score, how many differ).
 
-    golden: {prompt: {"reference": published value or None, "recorded": first measured value or None}}. Scores for
-    which it has neither are recorded in it.
+    golden: {prompt: {"reference": published value or None, "recorded": first measured value or None}}. A score that
+    has neither yet is recorded in it.
     """
     lines, wrong = [], 0
     for prompt, score in scores.items():
@@ -84,8 +84,9 @@ def compare(name, scores, golden):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default=Path(__file__).resolve().parents[1], help="folder of reward weights")
-    parser.add_argument("--golden", default=GOLDEN, type=Path, help="file of expected scores, for other weights")
+    root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--weights", default=root, help="folder with hpsv2/, pickscore/ and aesthetic/")
+    parser.add_argument("--golden", default=GOLDEN, type=Path, help="expected scores (others for other weights)")
     args = parser.parse_args(argv)
     check_files(list(TOLERANCE), args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,7 +97,7 @@ def main(argv=None):
         if released and reward.image_size != (224, 224):
             raise UserError(
                 f"{name} takes {reward.image_size[0]} x {reward.image_size[1]} pixels, the released model 224 x 224; "
-                f"{GOLDEN.name} is for the released models, name a file for others with --golden"
+                f"{GOLDEN.name} is for the released models; give another file with --golden"
             )
         scores, nearest = measure(reward)
         lines, differ = compare(name, scores, golden[name])
@@ -106,7 +107,7 @@ def main(argv=None):
             print(f"{name:10} {nearest} of {len(scores)} pictures are closest to their own prompt")
             confused += nearest < len(scores)
     if confused and released:
-        raise UserError(f"{confused} of the models match pictures with wrong prompts; nothing was recorded")
+        raise UserError(f"{confused} of the models match pictures with the wrong prompts; nothing was recorded")
     if json.dumps(golden) != before:
         machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
         golden["recorded on"] = f"{machine}, torch {torch.__version__}"

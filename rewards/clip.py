@@ -32,7 +32,7 @@ def missing(root: Path) -> list[str]:
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Reward:
-    """The CLIP reward, about 0.3 for a matching pair; UserError if the weights do not fit."""
+    """The CLIP reward, about 0.3 for a matching pair. Raises UserError if the weights do not fit."""
     folder = root / "clip"
     if is_transformers(folder):
         reward = TransformersReward("clip", SCALE, *load_transformers(folder))
@@ -42,6 +42,6 @@ def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> Reward:
 
 
 def is_transformers(folder: Path) -> bool:
-    """Whether the folder holds a transformers CLIPModel. Repositories that hold both kinds count as open_clip's."""
+    """Whether the folder holds a transformers CLIPModel; if it holds an open_clip model as well, that one is used."""
     own = (folder / OPEN_CLIP_CONFIG).is_file() or find_weights(folder, OPEN_CLIP_FILES)
     return (folder / "config.json").is_file() and not own

@@ -18,7 +18,7 @@ from rewards.towers import (
 )
 from textcraftor.downloads import command
 
-FILES = {  # of each version; weights fine-tuned by users may have open_clip's usual names and stand in for 2.0
+FILES = {  # by version; weights that users fine-tuned may have open_clip's usual names and then count as 2.0
     "2.0": ("HPS_v2_compressed.pt", "HPS_v2_compressed.safetensors", *OPEN_CLIP_FILES, *TRANSFORMERS_FILES),
     "2.1": ("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
 }
@@ -31,7 +31,7 @@ def missing(root: Path, version: str = "2.0") -> list[str]:
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: str = "2.0") -> OpenClipReward:
-    """The HPSv2 reward, about 0.27; version "2.0" or "2.1". UserError if the weights do not fit."""
+    """The HPSv2 reward, about 0.27. version: "2.0" or "2.1". Raises UserError if the weights do not fit."""
     folder = root / "hpsv2"
     architecture = f"local-dir:{folder}" if (folder / OPEN_CLIP_CONFIG).is_file() else "ViT-H-14"
     weights = find_weights(folder, FILES[version])
@@ -39,10 +39,10 @@ def load(root: Path, device: torch.device | str, dtype: torch.dtype, version: st
 
 
 def prepare(picture: Image.Image, size: int) -> Tensor:
-    """A PIL picture as the authors' package shows it to the model -> (3, size, size), about [0, 1].
+    """A PIL picture as the model sees it in the authors' package -> (3, size, size), about [0, 1].
 
-    The pixels become floats before the bicubic resize, so that edges overshoot [0, 1] a little and nothing is rounded.
-    The longer side becomes `size`, and the rest black: a picture that is not square is neither cropped nor stretched.
+    Pixels become floats before the bicubic resize: nothing is rounded, and edges overshoot [0, 1] a little. The longer
+    side becomes `size`, and black bars fill the rest: a picture that is not square is neither cropped nor stretched.
     """
     pixels = TF.to_tensor(picture.convert("RGB"))
     height, width = (round(side * size / max(picture.size)) for side in pixels.shape[1:])

@@ -23,7 +23,7 @@ class FunctionReward(nn.Module):
         self.name, self.function = name, function
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """The function's scores in the images' type; UserError if their shape is not (B,)."""
+        """The function's scores in the images' dtype. Raises UserError if their shape is not (B,)."""
         check_inputs(images, prompts)
         try:
             scores = self.function(images, prompts)
@@ -38,7 +38,7 @@ class FunctionReward(nn.Module):
 
 
 def load_function(spec: str) -> FunctionReward:
-    """The reward in `spec`, "path/to/file.py:function"; UserError if there is none."""
+    """The reward that `spec`, "path/to/file.py:function", names. Raises UserError if there is none."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not file or not name:
@@ -49,7 +49,7 @@ def load_function(spec: str) -> FunctionReward:
     if module_spec is None:
         raise UserError(f"--reward {spec}: {path} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickles in the user's file look it up
+    sys.modules[module_spec.name] = module  # dataclasses and pickles in the user's file look it up there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
@@ -63,11 +63,14 @@ def load_function(spec: str) -> FunctionReward:
 
 
 def _missing_package():
-    """What to do if the user's file has imported one of this repository's weight folders for lack of the package.
+    """A hint if the user's file imported one of this repository's weight folders in place of a package, else "".
 
-    A folder without __init__.py can be imported as an empty package, and an installed one of the same name wins.
+    Python imports a folder without __init__.py as an empty package unless a package of that name is installed.
     """
     for name in WEIGHT_FOLDERS:
         if name in sys.modules and getattr(sys.modules[name], "__file__", None) is None:
-            return f"no package {name} is installed, only a folder of weights has this name; try: pip install {name}"
+            return (
+                f"the package {name} is not installed, and Python imported this repository's folder of weights "
+                f"instead; try: pip install {name}"
+            )
     return ""

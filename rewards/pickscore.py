@@ -18,14 +18,14 @@ from textcraftor.downloads import command
 
 
 class PickScore(TransformersReward):
-    """A cosine like any CLIP's, multiplied by the model's own temperature."""
+    """The cosine of a CLIP model, multiplied by its own exp(logit_scale)."""
 
     def __init__(self, model: CLIPModel, tokenizer, normalization=OPENAI):
         super().__init__("pickscore", 1.0, model, tokenizer, normalization)
-        self.logit_scale = model.logit_scale.exp().item()  # a Python float: bf16 would change it by one percent
+        self.logit_scale = model.logit_scale.exp().item()  # a Python float, since bf16 would change it by 1 %
 
-    def score(self, image_features: Tensor, prompts: list[str]) -> Tensor:
-        return self.logit_scale * super().score(image_features, prompts)
+    def compare(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return self.logit_scale * super().compare(image_features, text_features)
 
 
 def missing(root: Path) -> list[str]:
@@ -35,5 +35,5 @@ def missing(root: Path) -> list[str]:
 
 
 def load(root: Path, device: torch.device | str, dtype: torch.dtype) -> PickScore:
-    """The PickScore reward, about 20; UserError if the weights do not fit the configuration."""
+    """The PickScore reward, about 20. Raises UserError if the weights do not fit the configuration."""
     return PickScore(*load_transformers(root / "pickscore" / "pickmodel")).frozen(device, dtype)

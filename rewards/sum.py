@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from rewards.base import Reward, check_inputs, share_towers
 from textcraftor.errors import UserError
+from textcraftor.objective import shared_direction, weaken_shared
 
 
 class RewardSum(nn.Module):
@@ -18,29 +19,51 @@ class RewardSum(nn.Module):
         super().__init__()
         self.rewards = nn.ModuleList(reward for reward, _ in weighted)
         self.weights = [weight for _, weight in weighted]
+        self.shared = {}  # reward name -> unit vector (D,)
         names = [reward.name for reward in self.rewards]
         if not names:
-            raise UserError("all rewards have weight 0; give at least one a weight, such as --clip 0.5")
+            raise UserError("all rewards have weight 0; give one a weight, such as --clip 0.5")
         if len(set(names)) < len(names):
             raise UserError(f"two rewards have the same name ({', '.join(names)}); rename the function")
         share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
 
-    def forward(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, images: Tensor, prompts: list[str], features: dict | None = None, shared_text: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> total (B,) with gradient, and {name: r (B,)}, detached.
 
-        The r are the scores as each reward defines them, without its scale and weight.
+        r is the score as the reward itself defines it, without scale and weight. features: a dict that keeps the
+        image features by tower, for another reward with the same tower. shared_text: weight in the total, not in the r,
+        of the text direction that all prompts share (objective.weaken_shared), known after `find_shared`.
         """
         check_inputs(images, prompts)
-        features, scores = {}, {}
-        for reward in self.rewards:
+        features, scores, terms = {} if features is None else features, {}, []
+        for reward, weight in zip(self.rewards, self.weights, strict=True):
             if not isinstance(reward, Reward):
-                scores[reward.name] = reward(images, prompts)
-                continue
-            if reward.visual not in features:
-                features[reward.visual] = reward.image_features(images)
-            scores[reward.name] = reward.score(features[reward.visual], prompts)
-        terms = [
-            weight * reward.scale * scores[reward.name]
-            for reward, weight in zip(self.rewards, self.weights, strict=True)
-        ]
-        return torch.stack(terms).sum(dim=0), {name: score.detach() for name, score in scores.items()}
+                score = term = reward(images, prompts)
+            else:
+                if reward.visual not in features:
+                    features[reward.visual] = reward.image_features(images)
+                seen = features[reward.visual]
+                if shared_text == 1 or not reward.reads_prompts:
+                    score = term = reward.score(seen, prompts)
+                else:
+                    texts = reward.text_features(prompts)
+                    score = reward.compare(seen, texts)
+                    term = reward.compare(seen, weaken_shared(texts, self.shared[reward.name], shared_text))
+            scores[reward.name] = score.detach()
+            terms.append(weight * reward.scale * term)
+        return torch.stack(terms).sum(dim=0), scores
+
+    def total(self, scores: dict[str, Tensor]) -> Tensor:
+        """{name: r (B,)} -> their weighted sum (B,)."""
+        pairs = zip(self.rewards, self.weights, strict=True)
+        return torch.stack([weight * reward.scale * scores[reward.name] for reward, weight in pairs]).sum(dim=0)
+
+    def find_shared(self, prompts: list[str], batch_size: int = 64) -> None:
+        """Find the text direction that `prompts` share, for each reward that reads them."""
+        starts = range(0, len(prompts), batch_size)
+        for reward in self.rewards:
+            if isinstance(reward, Reward) and reward.reads_prompts:
+                texts = [reward.text_features(prompts[start : start + batch_size]) for start in starts]
+                self.shared[reward.name] = shared_direction(torch.cat(texts))

@@ -1,7 +1,7 @@
-"""CLIP models as reward towers, of open_clip and of transformers: find their files, read them strictly, build them.
+"""CLIP models of open_clip and of transformers as reward towers: find the files, build the model, load strictly.
 
-Weights may come from trainers: names with prefixes such as `module.` or `model.`, state dicts nested beside optimizer
-states, shards, half precision. What does not fit is named.
+Weights may be as trainers save them: under prefixes such as `module.` or `model.`, nested beside optimizer states,
+sharded, in half precision. Errors name the weights that do not fit.
 """
 
 import json
@@ -103,12 +103,12 @@ class TransformersReward(Reward):
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first file in `folder` that has one of the names, which go from the preferred to the least preferred."""
+    """The first of these names that is a file in `folder`, or None; the preferred names come first."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def missing_weights(folder: Path, names: tuple[str, ...], how: str) -> list[str]:
-    """One line if none of these files is in `folder`, or one per shard that an index names and that is not there."""
+    """One line if `folder` has none of these files, or one for each missing shard if it has an index of shards."""
     path = find_weights(folder, names)
     if path is None:
         others = [name for name in names[1:] if not name.endswith(".index.json")]
@@ -125,10 +125,10 @@ def missing_file(path: Path, how: str) -> list[str]:
 
 
 def find_tower(folder: Path, name: str, tag: str) -> tuple[str, Path | None]:
-    """(architecture, weights) of the open_clip model in `folder`, or else of open_clip's name/tag in the hub's cache.
+    """(architecture, weights) of the open_clip model in `folder`, else of open_clip's name/tag in the hub's cache.
 
-    The architecture is the folder's own if it has an open_clip_config.json, else the named one. weights is None if
-    there are none; nothing is downloaded.
+    The architecture is that of the folder's open_clip_config.json, or `name` if there is none. weights is None if they
+    are in neither place: nothing is downloaded.
     """
     has_config = (folder / OPEN_CLIP_CONFIG).is_file()
     weights = find_weights(folder, OPEN_CLIP_FILES + TRANSFORMERS_FILES)
@@ -140,12 +140,12 @@ def find_tower(folder: Path, name: str, tag: str) -> tuple[str, Path | None]:
 
 
 def missing_tower(folder: Path, name: str, tag: str, how: str) -> list[str]:
-    """One line per file of the tower that is missing: what, where it belongs and how to get it."""
+    """One line for each missing file of the tower: what it is, where it belongs and how to get it."""
     architecture, weights = find_tower(folder, name, tag)
     if weights is None and architecture == name:
         return [f"open_clip {name} ({tag}) in the hub's cache, or an open_clip folder at {folder}; get it: {how}"]
     if weights is None or weights.parent == folder:
-        how = f"put it beside the {OPEN_CLIP_CONFIG} there, or remove that for the released weights: {how}"
+        how = f"put it beside {OPEN_CLIP_CONFIG}, or delete that file to use the released weights: {how}"
         return missing_weights(folder, OPEN_CLIP_FILES + TRANSFORMERS_FILES, how)
     return []
 
@@ -154,21 +154,21 @@ def missing_tower(folder: Path, name: str, tag: str, how: str) -> list[str]:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The shards in a `….index.json` as transformers writes it; UserError if it is damaged."""
+    """The shards that a `….index.json` of transformers names. Raises UserError if it is damaged."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [index.parent / Path(name).name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index}: no index of shards (weight_map) as transformers writes it; fetch it again"
+            f"{index}: expected an index of shards (weight_map), as transformers writes it; fetch it again"
         ) from error
 
 
 def read_clip(weights: Path, anchor: str, wanted: str) -> dict[str, Tensor]:
-    """The state dict of the network in a weight file, or in the shards of an index, under the names it has itself.
+    """The state dict of a network in a weight file, or in the shards of an index, without prefixes.
 
-    anchor: the name of one weight, which tells where in the file the network is; prefixes are taken off.
-    wanted: what the network is, for messages. Raises UserError if the file cannot be read or there is no such network.
+    anchor: the name of one of its weights, by which it is found among others in the file. wanted: what it is called in
+    error messages. Raises UserError if the file cannot be read or does not hold such a network.
     """
     if weights.name.endswith(".index.json"):
         states = [State((), {name: value for path in shards_of(weights) for name, value in read_weights(path).items()})]
@@ -185,26 +185,26 @@ def read_clip(weights: Path, anchor: str, wanted: str) -> dict[str, Tensor]:
 
 
 def _flatten(tensors):
-    """Names as transformers 4 gave them: later versions may repeat `text_model.` or `vision_model.`."""
+    """Restore transformers 4's names: later versions may repeat `text_model.` or `vision_model.`."""
     return {re.sub(r"\b(text|vision)_model\.(\1_model\.)+", r"\1_model.", name): tensors[name] for name in tensors}
 
 
 def build_empty(make: Callable[[], Network]) -> Network:
-    """make() with its parameters on the device "meta": no memory, no random numbers. Buffers are real."""
+    """make() with its parameters on the meta device, which takes no memory and no random numbers; buffers are real."""
     with init_empty_weights(include_buffers=False):
         return make()
 
 
 def fill(network: Network, state: dict[str, Tensor], path: Path) -> Network:
-    """Make the tensors of `state`, read from `path`, the weights of a network that build_empty returned, in fp32.
+    """Give a network from build_empty the weights in `state`, read from `path`, in fp32.
 
-    They are not copied unless the file has another type. Raises UserError that names what does not fit.
+    Tensors that are fp32 already are not copied. Raises UserError, which names the weights that do not fit.
     """
     own = network.state_dict()
     state = {name: value for name, value in state.items() if name in own or not HARMLESS.search(name)}
     for name in own.keys() & state.keys():
         if not state[name].is_floating_point():
-            raise UserError(f"{path}: {name} holds {state[name].dtype} numbers, expected floats; save it unquantised")
+            raise UserError(f"{path}: {name} holds {state[name].dtype} numbers, expected floats, not quantised")
         if own[name].numel() == state[name].numel() == 1:  # logit_scale has shape () or (1,)
             state[name] = state[name].reshape(own[name].shape)
         state[name] = state[name].to(own[name].dtype).contiguous()
@@ -213,7 +213,7 @@ def fill(network: Network, state: dict[str, Tensor], path: Path) -> Network:
 
 
 def load_open_clip(name: str, scale: float, architecture: str, weights: Path) -> OpenClipReward:
-    """The reward `name` by an open_clip model in fp32 on the CPU, every weight read from the file `weights`.
+    """The reward `name`: an open_clip model in fp32 on the CPU, with every weight from the file `weights`.
 
     `architecture` is a name known to open_clip, or `local-dir:FOLDER` for the one in FOLDER/open_clip_config.json.
     Raises UserError if the configuration cannot be used, or the weights or the tokenizer do not fit it.
@@ -225,7 +225,7 @@ def load_open_clip(name: str, scale: float, architecture: str, weights: Path) ->
 
 
 def load_open_clip_visual(architecture: str, weights: Path) -> nn.Module:
-    """The image tower of an open_clip model alone, as load_open_clip loads it; the file need not hold a text tower."""
+    """Only the image tower of an open_clip model, loaded as in load_open_clip; the file needs no text tower."""
     model = build_open_clip(architecture)
     state = read_open_clip(model, weights)
     state = {name.removeprefix("visual."): state[name] for name in state if name.startswith("visual.")}
@@ -233,11 +233,11 @@ def load_open_clip_visual(architecture: str, weights: Path) -> nn.Module:
 
 
 def build_open_clip(architecture: str) -> open_clip.CLIP:
-    """The model without weights; UserError if its configuration cannot be used."""
+    """The model on the meta device. Raises UserError if its configuration cannot be used."""
     try:
         return build_empty(lambda: open_clip.CLIP(**open_clip.get_model_config(architecture)))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # damaged json, unknown options
-        raise UserError(f"{architecture}: {OPEN_CLIP_CONFIG} is no configuration of a CLIP model ({error})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # damaged JSON, unknown options
+        raise UserError(f"{architecture}: {OPEN_CLIP_CONFIG} does not describe a CLIP model ({error})") from error
 
 
 def read_open_clip(model: open_clip.CLIP, weights: Path) -> dict[str, Tensor]:
@@ -249,14 +249,14 @@ def read_open_clip(model: open_clip.CLIP, weights: Path) -> dict[str, Tensor]:
 
 
 def load_transformers(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase, Normalization]:
-    """The CLIPModel in a transformers folder, in fp32 on the CPU, and what belongs to it.
+    """The CLIPModel in a transformers folder, in fp32 on the CPU, with its tokenizer and pixel normalisation.
 
     Raises UserError if the configuration cannot be used, or the weights or the tokenizer do not fit it.
     """
     try:
         model = build_empty(lambda: CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)))
-    except Exception as error:  # damaged json and unusable values each raise another kind
-        raise UserError(f"{folder}/config.json: no configuration of a CLIPModel ({first_line(error)})") from error
+    except Exception as error:  # damaged JSON and unusable values raise many kinds
+        raise UserError(f"{folder}/config.json: does not describe a CLIPModel ({first_line(error)})") from error
     weights = find_weights(folder, TRANSFORMERS_FILES)
     state = read_clip(weights, "vision_model.embeddings.class_embedding", "transformers CLIPModel")
     own = dict(zip(_flatten(model.state_dict()), model.state_dict(), strict=True))
@@ -268,7 +268,7 @@ def load_transformers(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase,
 
 
 def load_open_clip_tokenizer(architecture: str, model: open_clip.CLIP):
-    """The tokenizer that belongs to `architecture`: a folder's own files if its configuration says so, else CLIP's.
+    """The tokenizer of `architecture`: the folder's own if its configuration names one, else CLIP's.
 
     Raises UserError if it cannot be loaded or its vocabulary is not the model's.
     """
@@ -286,16 +286,16 @@ def load_open_clip_tokenizer(architecture: str, model: open_clip.CLIP):
 
 
 def load_transformers_tokenizer(folder: Path, model: CLIPModel) -> PreTrainedTokenizerBase:
-    """The tokenizer files in `folder` if there are any, else CLIP's own; UserError if it is not the model's."""
+    """The tokenizer in `folder` if it has one, else CLIP's. Raises UserError if its vocabulary is not the model's."""
     own_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True) if own_files else clip_tokenizer()
-    except Exception as error:  # json, tokenizers and transformers each raise another kind for damaged files
+    except Exception as error:  # damaged files raise many kinds
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if len(tokenizer) != model.config.text_config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.text_config.vocab_size}; "
-            "put the model's own tokenizer files there"
+            "put the model's own tokenizer files into the folder"
         )
     return tokenizer
 
@@ -307,7 +307,7 @@ def size_of(visual: nn.Module) -> tuple[int, int]:
 
 
 def open_clip_normalization(architecture: str) -> Normalization:
-    """preprocess_cfg in the folder of a `local-dir:FOLDER`; OpenAI's where it says nothing, or for a known name."""
+    """That of preprocess_cfg in the folder of `local-dir:FOLDER`; OpenAI's if it says nothing or the name is known."""
     if not architecture.startswith("local-dir:"):
         return OPENAI
     path = Path(architecture.removeprefix("local-dir:"), OPEN_CLIP_CONFIG)
@@ -316,7 +316,7 @@ def open_clip_normalization(architecture: str) -> Normalization:
 
 
 def transformers_normalization(folder: Path) -> Normalization:
-    """That of the image processor saved in `folder`, by transformers 4 or 5; OpenAI's if there is none."""
+    """That of the image processor in `folder`, as transformers 4 or 5 saved it; OpenAI's if there is none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = folder / name
         config = _read_json(path) if path.is_file() else {}
@@ -324,7 +324,7 @@ def transformers_normalization(folder: Path) -> Normalization:
         if "image_mean" not in config and "image_std" not in config:
             continue
         if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 0.01:
-            raise UserError(f"{path}: pixels are not scaled to [0, 1] before normalisation, which is not supported")
+            raise UserError(f"{path}: expected pixels scaled to [0, 1] (do_rescale, rescale_factor 1/255)")
         if not config.get("do_normalize", True):
             return Normalization((0.0,) * 3, (1.0,) * 3)
         return _normalization(config, "image_mean", "image_std", path)
@@ -347,7 +347,7 @@ def _read_json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as json ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a json object")
+        raise UserError(f"{path}: expected a JSON object")
     return content

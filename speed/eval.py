@@ -1,13 +1,13 @@
 """
-Speed of the evaluation: images/s of test_parti.py's way and of a plain loop of batches of 4, side by side.
+Speed of evaluation: images per second of test_parti.py and of a plain loop over batches of 4.
 
-$ python -m speed.eval                                   the miniature; minutes on a CPU
-$ python -m speed.eval --limit 64 --batch-size 32        those options of test_parti.py that both ways have
+$ python -m speed.eval                                   the miniature, some minutes on a CPU
+$ python -m speed.eval --limit 64 --batch-size 32        takes the options of test_parti.py that both have
 
-The plain loop is the published script's way: a stock pipeline draws four images, by both text encoders; they are
-saved; each reward scores them, each prompt's text features computed on their own; then the next four. Both ways make
-the same images from the same noise, which is checked: more than one grey level apart is an error. They are timed in
-turn, A B A B, after a warm-up, models loaded before, and each once more with a clock around its parts.
+The plain loop works like the published script: a stock pipeline makes four images with both text encoders, saves them,
+and scores them with one reward after another, computing the text features of one prompt at a time; then the next four.
+Both make the same images from the same noise: if any pixel differs by more than one grey level, the program fails. They
+are timed alternately after a warm-up, without the loading of models, and once more with a clock around each part.
 """
 
 import copy
@@ -28,11 +28,14 @@ from PIL import Image
 from transformers import CLIPTextModel
 
 from rewards.base import Reward
-from textcraftor.benchmark.program import check_arguments, generator, parse_arguments, work_through
+from textcraftor.benchmark.batches import work_through
+from textcraftor.benchmark.options import parse_options
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.benchmark.results import Table
-from textcraftor.benchmark.scores import load_scorers, whole_view
+from textcraftor.benchmark.scores import load_scorers
+from textcraftor.benchmark.sources import Generator
 from textcraftor.errors import UserError, run_program
+from textcraftor.mixing import Weighted
 from textcraftor.models import load_model, quiet_libraries
 from textcraftor.sampling import make_scheduler, prompt_noise
 from textcraftor.weight_files import load_text_encoder, save_text_encoder
@@ -49,24 +52,26 @@ PARTS = (
 
 
 def check_plain(args):
-    """Raise UserError for options that the plain loop does not know: the two ways would make different images."""
+    """Raise UserError for options that the plain loop does not have: the two would make different images."""
     others = {"unet_path": "", "score_only": "", "prompt_eng": "", "scheduler": "DDIM", "prompt_weighting": 1}
     for name, only in others.items():
         if getattr(args, name) != only:
-            raise UserError(f"--{name} {getattr(args, name)}: the plain loop has no such thing; leave it out")
+            raise UserError(f"--{name} {getattr(args, name)}: the plain loop does not support this; leave it out")
+    if args.encoders and (len(args.encoders) > 1 or args.encoders[0].weight != 1):
+        raise UserError(f"--text_path {args.text_path}: the plain loop cannot mix; name one encoder without a weight")
     if args.grad_steps == args.step:
-        raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: the plain loop starts with the original")
+        raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: the plain loop needs grad_steps < step")
 
 
 def plain_way(args, scorers, output, device):
-    """The published script's way, as a function: rows -> {index: {column: score}}, images in `output`."""
+    """The plain loop as a function rows -> {index: {column: score}}, which saves the images in `output`."""
     dtype = torch.float32
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None)
     pipeline.register_modules(scheduler=make_scheduler(dict(pipeline.scheduler.config), args.step))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device, dtype)
     original, tuned = pipeline.text_encoder, copy.deepcopy(pipeline.text_encoder).float()
-    load_text_encoder(tuned, args.text_path)
+    load_text_encoder(tuned, args.encoders[0].encoder)
     tuned.to(device, dtype)
     shape = (pipeline.unet.config.in_channels, pipeline.unet.config.sample_size, pipeline.unet.config.sample_size)
 
@@ -106,13 +111,13 @@ def plain_way(args, scorers, output, device):
 
 
 def our_way(args, scorers, output, accelerator):
-    """test_parti.py's way, likewise."""
-    work = generator(PARTI, args, scorers, whole_view, accelerator.device).work
+    """What test_parti.py does, as a function like that of plain_way."""
+    generator = Generator(PARTI, args, scorers, accelerator.device, "no")
     table = Table(output / "scores.csv", ["index", "prompt", "file"], list(scorers))
 
     def run(rows):
         done = {}
-        work_through(accelerator, rows, done, args.batch_size, work, table)
+        work_through(accelerator, rows, done, args.batch_size, generator, table)
         return {index: {column: row[column] for column in scorers} for index, row in done.items()}
 
     return run
@@ -120,7 +125,7 @@ def our_way(args, scorers, output, accelerator):
 
 @contextmanager
 def clock(device):
-    """Gives a Counter of seconds by part, threads' times added up."""
+    """A context that gives a Counter of the seconds spent in each part, summed over threads."""
     seconds, inside, real = Counter(), threading.local(), [vars(owner)[name] for owner, name, _ in PARTS]
 
     def now():
@@ -152,7 +157,7 @@ def clock(device):
 
 
 def another_encoder(model, path):
-    """Write a text encoder that is not the model's own: both have to run."""
+    """Write a text encoder that differs from the model's own, so that both have to run."""
     encoder = load_model(model)[1]
     generator = torch.Generator().manual_seed(0)
     for weight in encoder.parameters():
@@ -161,7 +166,7 @@ def another_encoder(model, path):
 
 
 def table(*rows):
-    """Lines of a markdown table, the first row its header."""
+    """A markdown table as text; the first row is the header."""
     lines = ["| " + " | ".join(cell if isinstance(cell, str) else f"{cell:.2f}" for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
 
@@ -184,12 +189,11 @@ def main(argv=None):
             *(sys.argv[1:] if argv is None else argv),
         ]
         argv = argv if "--model" in argv else ["--model", "miniature", *argv]
-        args = parse_arguments(PARTI, __doc__, argv)
-        check_arguments(args)
+        args = parse_options(PARTI, __doc__, argv)
         check_plain(args)
-        if not args.text_path:
-            args.text_path = f"{folder}/tc_text.safetensors"
-            another_encoder(args.model, args.text_path)
+        if not args.encoders:
+            args.encoders = [Weighted(f"{folder}/tc_text.safetensors")]
+            another_encoder(args.model, args.encoders[0].encoder)
         rows = PARTI.read(Path(args.prompts))[: args.limit or None]
         scorers = load_scorers(PARTI.rewards, args.weights, device, args.hps_version)
         plain, ours = plain_way(args, scorers, outputs[0], device), our_way(args, scorers, outputs[1], accelerator)
@@ -215,7 +219,7 @@ def main(argv=None):
         print(table(["images/s", *rounds, "mean"], *([name, *means[name]] for name in ways), ["ratio", *ratios]), "\n")
         labels = [*(part for *_, part in PARTS), "wall clock"]
         times = ([part, *(1e3 * parts[name].get(part, 0) / len(rows) for name in ways)] for part in labels)
-        print(table(["ms an image, threads' times added up", *ways], *times))
+        print(table(["ms per image, summed over threads", *ways], *times))
         first, second = (
             np.stack([np.asarray(Image.open(output / row["file"])).astype(int) for row in rows]) for output in outputs
         )
@@ -226,7 +230,7 @@ def main(argv=None):
             print(f", {column} {np.abs(np.subtract(a, b)).max():.1e}", end="")
         print()
         if largest > 1:
-            sys.exit("error: the two ways make different images, so their speeds tell nothing")
+            sys.exit("error: the two make different images, so their speeds cannot be compared")
 
 
 if __name__ == "__main__":

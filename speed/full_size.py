@@ -1,13 +1,16 @@
 """
-What a training step of SD v1.5 with the four real reward models costs, at their full sizes, with random weights.
+What a training step of SD v1.5 with the four real reward models costs, at full size, with random weights.
 
-Run, on the device there is (a GPU, or a CPU with 24 GB and some patience): seconds and FLOPs by part, peak memory:
+Run on a GPU, or on a CPU with 24 GB and patience: seconds and FLOPs of each part of the step, and the peak memory:
 $ python -m speed.full_size --batch-size 4 --steps 3
 
-Counted, not run: FLOPs and peak memory, on any machine, in minutes:
+Count only: FLOPs and peak memory, in minutes on any machine, since tensors have shapes but no contents:
 $ python -m speed.full_size --count
 $ python -m speed.full_size --count --train unet --batch-size 2 --vae_checkpointing
 $ python -m speed.full_size --count --plain --mixed_precision no
+
+Count the memory of making and scoring images as test_parti.py does:
+$ python -m speed.full_size --count --evaluate --batch-size 8
 """
 
 import contextlib
@@ -20,33 +23,33 @@ from functools import partial
 import torch
 from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize
-from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, full_size, held, in_use
+from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, full_size, held, in_use
 from speed.step import plain_step
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
-from textcraftor.options import make_parser, require
-from textcraftor.sampling import decode, make_scheduler, predict_noise, prompt_noise, sample_last_k
+from textcraftor.options import TEST_TUNED_STEPS, make_parser, require
+from textcraftor.sampling import decode, make_images, make_scheduler, predict_noise, prompt_noise, sample_last_k
 
 GUIDANCE = 7.5
 PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly detailed"
 
 # fmt: off
 OPTIONS = (
-    ("--train",            ("text_encoder", "unet"), "what trains"),
-    ("--batch-size",       1,                        "images a step"),
-    ("--step",             25,                       "T, DDIM steps"),
-    ("--grad_steps",       5,                        "K, those with gradient"),
+    ("--train",            ("text_encoder", "unet"), "network to train"),
+    ("--batch-size",       1,                        "images per step"),
+    ("--step",             25,                       "T, number of DDIM steps"),
+    ("--grad_steps",       5,                        "K, last steps, with gradient"),
     ("--mixed_precision",  ("bf16", "fp16", "no"),   "as in training"),
     ("--gradient_checkpointing", ("full", "none"),   "as in training"),
     ("--vae_checkpointing", False,                   "as in training"),
     ("--compile",          False,                    "as in training"),
-    ("--steps",            1,                        "steps to run, each of which is reported"),
-    ("--count",            False,                    "run nothing: count, on tensors without contents"),
-    ("--plain",            False,                    "with --count: the plain step of speed/step.py instead"),
+    ("--steps",            1,                        "training steps to run, each with a table of its own"),
+    ("--count",            False,                    "count FLOPs and memory without running anything"),
+    ("--plain",            False,                    "with --count: the plain step of speed/step.py instead of ours"),
+    ("--evaluate",         False,                    "with --count: memory of making and scoring images instead"),
 )
 # fmt: on
 
@@ -55,9 +58,17 @@ def main(argv=None):
     args = make_parser(__doc__, OPTIONS).parse_args(argv)
     require(args, {"batch_size step grad_steps steps": 1})
     if args.grad_steps > args.step:
-        raise UserError(f"--grad_steps {args.grad_steps} --step {args.step}: grad_steps <= step")
+        raise UserError(
+            f"--grad_steps {args.grad_steps} --step {args.step}: the steps with gradient are the last of all steps, so "
+            "give at most as many"
+        )
+    for name in ("plain", "evaluate"):
+        if getattr(args, name) and not args.count:
+            raise UserError(f"--{name}: this can only be counted, not run; add --count")
     quiet_libraries()
     scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), args.step)
+    if args.evaluate:
+        return report_evaluation(args, scheduler)
     flops, peak = count(args, scheduler)
     if args.count:
         return report(args, flops, peak)
@@ -95,7 +106,7 @@ def main(argv=None):
 
 
 def report(args, flops, peak, seconds=None):
-    """A table on the screen: FLOPs of every part, and seconds and FLOPs a second if it ran."""
+    """Print a table: FLOPs of each part and, if it ran, its seconds and FLOPs per second."""
     print(f"{'part':<32}{'TFLOP':>10}" + f"{'seconds':>12}{'TFLOP/s':>12}" * (seconds is not None))
     rows = {**flops, "all": sum(flops.values())}
     seconds = seconds and {**seconds, "all": sum(seconds.values())}
@@ -110,13 +121,15 @@ def report(args, flops, peak, seconds=None):
 
 
 def count(args, scheduler):
-    """FLOPs of each part of a step {name: number}, and the most bytes alive in the next: the optimizer's state is there
-    from its start. Runs on fake tensors, which have shapes and no contents."""
+    """({part of a step: FLOPs}, peak memory in bytes), counted on fake tensors, which have shapes but no contents.
+
+    The memory is that of a second step: from then on the optimizer has its state.
+    """
     flops = Counter()
 
     @contextlib.contextmanager
     def part(name):
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             yield
         flops[name] += counter.get_total_flops()
 
@@ -125,24 +138,23 @@ def count(args, scheduler):
         optimizer = make_optimizer(args, networks)
         step = plain if args.plain else parted_step
         step(args, part, networks, scheduler, optimizer, "cpu")
-        with LiveBytes([held(networks), optimizer.state_dict()]) as memory:  # not while the other counts
+        with LiveBytes([held(networks), optimizer.state_dict()]) as memory:  # apart: the FLOP counter keeps tensors
             step(args, lambda name: contextlib.nullcontext(), networks, scheduler, optimizer, "cpu")
     return flops, memory.peak
 
 
 def make_optimizer(args, networks):
-    """AdamW of what trains, which has gradients from here on."""
+    """AdamW for the network that args.train names, whose weights require gradients from here on."""
     trained = networks[1] if args.train == "text_encoder" else networks[2]
     return torch.optim.AdamW(trained.requires_grad_().parameters(), lr=LEARNING_RATE)
 
 
 def plain(args, part, networks, scheduler, optimizer, device):
-    """The plain step in one part: gradients of the UNet and the towers are never used, and never cleared."""
+    """The plain step, as a single part. It computes gradients of the UNet and the towers, and never clears them."""
     for network in (networks[1], networks[2], *networks[4]):
         network.requires_grad_()
     prompts, noise = make_inputs(args)
-    scheduler = copy.copy(scheduler)
-    scheduler.timesteps = scheduler.timesteps.tolist()
+    scheduler = steps_of(scheduler)
     with part("all of the plain step"):
         total = plain_step(networks, clip_tokenizer(), scheduler, prompts, noise)
         (-total.mean()).backward()
@@ -156,21 +168,31 @@ def make_inputs(args):
     return [f"{PROMPT}, number {index}" for index in indices], prompt_noise(0, indices, (4, 64, 64))
 
 
-def parted_step(args, part, networks, scheduler, optimizer, device):
-    """One training step as train_textcraftor.py makes it, each part within part(name), which may time or count it.
+def steps_of(scheduler, first=0, end=None):
+    """A copy of the DDIM scheduler with only the steps [first:end], which also works with fake tensors.
 
-    The gradient is carried by hand from part to part, as autograd would: every boundary is a leaf of its own.
+    For these, times must be ints, and sample_last_k must not copy the scheduler again: DDIM keeps no state anyway.
+    """
+    scheduler = copy.copy(scheduler)
+    scheduler.timesteps = scheduler.timesteps.tolist()[first:end]
+    scheduler.__deepcopy__ = lambda memo: scheduler
+    return scheduler
+
+
+def parted_step(args, part, networks, scheduler, optimizer, device):
+    """One training step as in train_textcraftor.py, each part inside part(name), a context that times or counts it.
+
+    Between parts the tensors are detached, and the gradient is handed from each part to the one before it.
     """
     _, tuned, unet, vae, rewards = networks
     tokenizer = clip_tokenizer()
-    first, last = copy.copy(scheduler), copy.copy(scheduler)
-    times = scheduler.timesteps.tolist()
-    first.timesteps, last.timesteps = times[: -args.grad_steps], times[-args.grad_steps :]
+    first = steps_of(scheduler, 0, -args.grad_steps)
+    last = steps_of(scheduler, -args.grad_steps)
     prompts, noise = make_inputs(args)
     noise = noise.to(device)
 
     def autocast(network):
-        """What trains keeps fp32 weights under autocast, as accelerate does it."""
+        """Autocast for a network that trains: it keeps fp32 weights, as accelerate has it."""
         dtype, enabled = DTYPES[args.mixed_precision], network.dtype != DTYPES[args.mixed_precision]
         return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
 
@@ -191,15 +213,10 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
         images = decode(vae, z_leaf, args.vae_checkpointing)
     images_leaf, terms = images.detach().requires_grad_(), {}
     for reward in rewards:
-        # What RewardSum does, less its checks: they read values, which fake tensors do not have.
-        if reward.name != "aesthetic":
-            with part("rewards' texts"), torch.no_grad():
-                texts = normalize(reward.encode_text(reward.tokenize(prompts, reward.context_length).to(device)))
+        with part("rewards' texts"):
+            texts = text_features(reward, prompts, device)
         with part(reward.name):
-            features = reward.image_features(images_leaf)
-            score = reward.score(features, prompts) if reward.name == "aesthetic" else (features * texts).sum(dim=-1)
-            score = score * getattr(reward, "logit_scale", 1)  # PickScore's
-            terms[reward.name] = -WEIGHTS[reward.name] * reward.scale * score.mean()
+            terms[reward.name] = -WEIGHTS[reward.name] * reward.scale * score(reward, images_leaf, texts).mean()
     for name in list(terms):
         with part(f"{name}'s backward"):
             terms.pop(name).backward()
@@ -214,6 +231,67 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
     with part("optimizer"):
         optimizer.step()
         optimizer.zero_grad()
+
+
+# What Reward.forward does, without its checks: they read values, which fake tensors do not have.
+
+
+@torch.no_grad()
+def text_features(reward, prompts, device):
+    """Unit text features (B, D); None for the aesthetic reward, which reads no prompts."""
+    if reward.name == "aesthetic":
+        return None
+    return normalize(reward.encode_text(reward.tokenize(prompts, reward.context_length).to(device)))
+
+
+def score(reward, images, texts):
+    """Unscaled rewards (B,) of images (B, 3, H, W) with the text features `texts`."""
+    features = reward.image_features(images)
+    if reward.name == "aesthetic":
+        return reward.score(features, [])
+    return (features * texts).sum(dim=-1) * getattr(reward, "logit_scale", 1)  # only PickScore has one
+
+
+def evaluation(args, part, networks, scheduler, device):
+    """Make and score a batch of images as in textcraftor/benchmark, in two parts as in parted_step."""
+    prompts, noise = make_inputs(args)
+    scheduler = steps_of(scheduler)
+    with torch.no_grad():
+        with part("making"):
+            used = in_use(networks, clip_tokenizer())
+            images = make_images(
+                used, scheduler, prompts, noise, tuned_steps=min(args.step, TEST_TUNED_STEPS), guidance=GUIDANCE
+            )
+        with part("scoring"):
+            for reward in networks[4]:
+                score(reward, images, text_features(reward, prompts, device))
+
+
+def report_evaluation(args, scheduler):
+    """Count and print the memory that making and scoring a batch of images takes on a GPU.
+
+    Text encoders, UNet and VAE are in --mixed_precision, the four reward towers in fp32. One batch is made while the
+    one before is scored, so that both may need their most memory at once.
+    """
+    peaks = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        networks = build(full_size(), "", DTYPES[args.mixed_precision], torch.float32)
+        with LiveBytes(held(networks)) as memory:
+            weights = memory.live
+
+            @contextlib.contextmanager
+            def part(name):
+                memory.peak = memory.live
+                yield
+                peaks[name] = memory.peak - weights
+
+            evaluation(args, part, networks, scheduler, "cpu")
+    gib = {name: number / 2**30 for name, number in {"weights": weights, **peaks}.items()}
+    print(
+        f"{args.batch_size} images in {args.mixed_precision}, scored in fp32: {gib['weights']:.1f} GiB of weights, "
+        f"at most {gib['making']:.1f} GiB more to make images and {gib['scoring']:.1f} GiB more to score them, "
+        f"together {sum(gib.values()):.1f} GiB"
+    )
 
 
 if __name__ == "__main__":

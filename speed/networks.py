@@ -1,4 +1,4 @@
-"""Stable Diffusion and four reward models with random weights, at full and at middle size; bytes alive."""
+"""Stable Diffusion and the four reward models with random weights, at full and at middle size; a counter of memory."""
 
 import json
 import weakref
@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from rewards.aesthetic import Aesthetic
@@ -18,7 +19,7 @@ from rewards.towers import OpenClipReward
 from textcraftor.embeddings import encode_prompts
 from textcraftor.models import SD_V1_CONFIGS, Networks, clip_tokenizer
 
-WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}  # the paper's
+WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}  # the released script's
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 LEARNING_RATE = 1e-6
 
@@ -37,9 +38,9 @@ def full_size():
 
 
 def middle_size():
-    """The same shapes with about 1/90 of the work: a fifth of the channels, 256 x 256 pixels, smaller towers.
+    """The same architectures with about 1/90 of the compute: a fifth of the channels, 256 x 256 pixels, smaller towers.
 
-    Texts are narrower still: CLIP's vocabulary stays, and is to weigh as little beside the rest as at full size.
+    Text towers shrink most: CLIP's vocabulary keeps its size, so narrow embeddings keep its share of the memory small.
     """
     configs = full_size()
     configs["text_encoder"] |= {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 6}
@@ -57,20 +58,22 @@ def middle_size():
     return configs | {"head": (256, 128, 64, 32, 16, 1)}
 
 
-def build(configs, trained, dtype):
+def build(configs, trained, dtype, tower_dtype=None):
     """Networks with random weights on torch's default device, all frozen, `trained` in fp32 and the rest in `dtype`.
 
-    trained: "text_encoder" or "unet". Returns (original text encoder, tuned text encoder, unet, vae, rewards).
+    trained: "text_encoder", "unet" or "", nothing. tower_dtype: that of the reward towers, `dtype` by default.
+    Returns (original text encoder, tuned text encoder, unet, vae, rewards).
     """
+    tower_dtype = tower_dtype or dtype
 
     def make(kind, *arguments, dtype=dtype, **options):
-        torch.set_default_dtype(dtype)  # made in it: a copy in fp32 would not fit beside the others
+        torch.set_default_dtype(dtype)  # created in that type: an fp32 copy would not fit beside the other networks
         network = kind(*arguments, **options)
         torch.set_default_dtype(torch.float32)
         return network.eval().requires_grad_(False)
 
     def tower(name):
-        return make(open_clip.CLIP, **configs[name])
+        return make(open_clip.CLIP, dtype=tower_dtype, **configs[name])
 
     types = {"text_encoder": dtype, "unet": dtype} | {trained: torch.float32}
     text = CLIPTextConfig(**configs["text_encoder"])
@@ -83,23 +86,34 @@ def build(configs, trained, dtype):
     rewards = [
         OpenClipReward("clip", 100.0, tower("clip"), tokenizer),
         Aesthetic(tower("aesthetic").visual, nn.Sequential(*layers).requires_grad_(False)),
-        PickScore(make(CLIPModel, CLIPConfig(**configs["pickscore"])), clip_tokenizer()),
+        PickScore(make(CLIPModel, CLIPConfig(**configs["pickscore"]), dtype=tower_dtype), clip_tokenizer()),
         OpenClipReward("hpsv2", 100.0, tower("hpsv2"), tokenizer),
     ]
     return original, tuned, unet, vae, rewards
 
 
 def held(networks):
-    """All tensors that networks, as `build` returns them, hold: weights, buffers, and gradients not cleared."""
+    """All tensors that belong to networks as `build` returns them: weights, buffers, and gradients not yet cleared."""
     parts = [*networks[:4], *networks[4]]
     gradients = [parameter.grad for part in parts for parameter in part.parameters() if parameter.grad is not None]
     return [part.state_dict() for part in parts], gradients
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of `tensors` and of all that are made from then on; `peak` is the most alive at once.
+def flop_counter():
+    """A FlopCounterMode that also counts attention on the CPU, which torch's own omits before version 2.15."""
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
-    What it does not see: what kernels take for themselves, the allocator's gaps, and the libraries' own memory.
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of `tensors` and of every tensor created from then on: `live` now, `peak` at the most.
+
+    It does not see the workspace of kernels, the gaps that an allocator leaves, or the libraries' own memory.
     """
 
     def __init__(self, tensors):
@@ -127,7 +141,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def in_use(networks, tokenizer):
-    """The first four of `networks` as a models.Networks."""
+    """Text encoders, UNet and VAE of `networks`, as `build` returns them, as a models.Networks."""
     original, tuned, unet, vae, *_ = networks
     with torch.no_grad():
         unconditional = encode_prompts(tokenizer, original, [""])

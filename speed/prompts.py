@@ -1,12 +1,12 @@
 """
-How long, and in how much memory, the prompts of a table as large as openprompts.csv are read.
+Time and memory that reading the prompts of a csv as large as openprompts.csv takes.
 
 $ head -n 1000 openprompts.csv > rows.csv
 $ python -m speed.prompts --rows rows.csv --folder /tmp
 
-Builds a csv of 3 GB below the folder from real rows, reads it in fresh processes, in turn, and removes it:
-    whole   pandas.read_csv of all columns, what the targets are relative to
-    column  pandas.read_csv of the column `prompt`, its distinct prompts as a list of strings
+Writes a temporary csv of 3 GB made from real rows and reads it alternately in three ways, each in a new process:
+    whole   pandas.read_csv of all columns, the reference for the ratios
+    column  pandas.read_csv of the column `prompt`, then its distinct prompts as a list of strings
     ours    textcraftor.prompts: read_training_prompts and checksum, as one process per node does before training
 """
 
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def build(path, rows, size):
-    """Write `size` bytes of `rows` (prompt, raw_data), over and over, to `path`, each time with other last letters."""
+    """Write `rows` (prompt, raw_data) to `path` again and again, with new last letters, until it has `size` bytes."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["prompt", "raw_data"])
@@ -39,7 +39,7 @@ def build(path, rows, size):
 
 
 def read(how, path):
-    """Read as in the module's docstring -> seconds, peak memory of this process in bytes, number of prompts."""
+    """Read in one of the three ways -> (seconds, peak memory of this process in bytes, number of prompts)."""
     import pandas as pd
 
     from textcraftor.prompts import checksum, read_training_prompts
@@ -60,10 +60,10 @@ def read(how, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the csv lies for a while")
-    parser.add_argument("--rows", default="openprompts.csv", help="real ones: the first 1,000 of this csv are varied")
-    parser.add_argument("--gigabytes", type=float, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder for the temporary csv")
+    parser.add_argument("--rows", default="openprompts.csv", help="csv whose first 1,000 rows are repeated")
+    parser.add_argument("--gigabytes", type=float, default=3, help="size of the temporary csv")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each way is measured")
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read:

@@ -1,12 +1,10 @@
 """
-Our training step against a plain one, side by side in one process (A B A B), on a model of middle size.
-
-The plain step does what the published loop does: fp32, nothing frozen but the VAE, one checkpoint around the whole UNet
-in each step with gradient, the rewards' text features computed again, four towers whose graphs are held at once.
-
-The gradient is compared with the plain one of the same memory format.
-
+Our training step against a plain one, on a model of medium size, timed alternately in one process.
 $ python -m speed.step
+
+The plain step does what the published training loop does: it computes in fp32, freezes nothing but the VAE, wraps the
+whole UNet in one checkpoint per step with gradient, recomputes the rewards' text features each time, and keeps the
+graphs of all four towers alive at once. The two gradients of the text encoder are compared in the same memory format.
 """
 
 import contextlib
@@ -17,11 +15,10 @@ from functools import partial
 import torch
 from diffusers import DDIMScheduler
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from rewards.base import normalize, preprocess
 from rewards.sum import RewardSum
-from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, held, in_use, middle_size
+from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, held, in_use, middle_size
 from textcraftor.embeddings import embed_prompts, encode_prompts
 from textcraftor.errors import run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
@@ -32,15 +29,15 @@ T, K, GUIDANCE = 25, 5, 7.5
 
 # fmt: off
 OPTIONS = (
-    ("--batch-size",       1,                        "images a step"),
-    ("--rounds",           2,                        "timed steps of each, after two that are not"),
-    ("--compile",          False,                    "also our step with compiled transformer blocks"),
+    ("--batch-size",       1,                        "images per step"),
+    ("--rounds",           2,                        "timed steps of each kind, after an untimed warm-up"),
+    ("--compile",          False,                    "also time our step with compiled transformer blocks"),
 )
 # fmt: on
 
 
 def plain_step(networks, tokenizer, scheduler, prompts, noise):
-    """-> (total (B,)); gradients in all networks but the VAE, those of the UNet and the rewards never used."""
+    """The total reward (B,). Its backward pass computes gradients of all networks but the VAE, most of them unused."""
     original, tuned, unet, vae, rewards = networks
 
     def encode(encoder):
@@ -73,8 +70,8 @@ def plain_step(networks, tokenizer, scheduler, prompts, noise):
 
 
 def our_step(networks, scheduler, prompts, noise, summed, low_precision, recompute):
-    """-> (total (B,)) as train_textcraftor.py computes it."""
-    # What trains keeps fp32 weights under autocast, as accelerate does it.
+    """The total reward (B,), computed as in train_textcraftor.py."""
+    # The network that trains keeps fp32 weights and computes under autocast, as with accelerate.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if low_precision else contextlib.nullcontext():
         early, late = embed_prompts(networks, prompts)
     late = {name: value.float() for name, value in late.items()}
@@ -125,16 +122,16 @@ def main(argv=None):
         optimizers[name] = torch.optim.AdamW(networks[1].parameters(), lr=LEARNING_RATE)
 
     def run(name):
-        """A step without the update: all contestants keep the same weights. Gradients are left for who looks."""
+        """One step without the update, so that all contestants keep the same weights; the gradients stay."""
         optimizers[name].zero_grad()
         (-contestants[name][1]().mean()).backward()
 
     gradients, seconds, flops, peaks = {}, {name: [] for name in contestants}, {}, {}
     for name, (networks, _) in contestants.items():
-        run(name)  # the first one also makes the rewards' text features, and the gradients that the plain step keeps
+        run(name)  # warm-up; it also allocates the gradients that the plain step keeps
         with LiveBytes(held(networks)) as memory:
             run(name)
-        with FlopCounterMode(display=False) as counter:  # apart: it keeps tensors alive
+        with flop_counter() as counter:  # on its own, since it keeps tensors alive
             run(name)
         flops[name], peaks[name] = counter.get_total_flops(), memory.peak
         gradients[name] = torch.cat([parameter.grad.flatten() for parameter in networks[1].parameters()])
@@ -147,7 +144,8 @@ def main(argv=None):
             run(name)
             seconds[name].append(time.perf_counter() - began)
 
-    # Ours are channels last, which rounds otherwise: over 25 steps it moves a few pixels over the edge of the clamp.
+    # Our networks are in channels-last format, which rounds differently: after 25 steps a few pixels are clamped that
+    # were not before, or the reverse. So the reference is a plain step in that format.
     for network in plain[1:4]:
         network.to(memory_format=torch.channels_last)
     run("plain")

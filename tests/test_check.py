@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rewards import REWARDS, check
 from textcraftor.errors import UserError
+from textcraftor.files import write_whole
 
 
 def test_pictures_and_the_released_rewards_have_their_places_in_the_golden_file():
@@ -74,7 +77,7 @@ def test_models_that_confuse_the_pictures_are_not_recorded(monkeypatch, tmp_path
     monkeypatch.setattr(check, "load_reward", Model)
     arguments = ["--golden", str(golden)]
     confused = "clip"
-    with pytest.raises(UserError, match="1 of the models match pictures with wrong prompts"):
+    with pytest.raises(UserError, match="1 of the models match pictures with the wrong prompts"):
         check.main(arguments)
     assert golden.read_text() == before
     confused = None
@@ -89,3 +92,22 @@ def test_missing_and_other_weights_are_refused(tmp_path, rewards_root):
     assert check.GOLDEN.read_text() == before
     with pytest.raises(UserError, match="download_models.py --only pickscore"):
         check.main(["--weights", str(tmp_path)])
+
+
+def test_files_written_whole_have_the_permissions_of_any_new_file(tmp_path):
+    """safetensors itself makes files that only their owner can read."""
+    before = os.umask(0)
+    try:
+        for umask, permissions in [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)]:
+            os.umask(umask)
+            with write_whole(tmp_path / "new.safetensors") as unfinished:
+                save_file({"weight": torch.zeros(2)}, unfinished)
+            assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == permissions
+    finally:
+        os.umask(before)
+    with (
+        pytest.raises(UserError, match="new.safetensors: cannot be written"),
+        write_whole(tmp_path / "new.safetensors"),
+    ):
+        pass  # a block that writes nothing must not replace the file
+    assert (tmp_path / "new.safetensors").stat().st_size > 0

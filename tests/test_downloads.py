@@ -1,4 +1,4 @@
-"""Downloads from a small hub on 127.0.0.1 that cuts connections, refuses, and serves what it did not promise."""
+"""Downloads from a small copy of Hugging Face on 127.0.0.1, which cuts connections, refuses, and serves wrong files."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ HPS = "xswu/HPSv2/HPS_v2_compressed.pt"
 
 
 class Hub:
-    """The hub's answers to what huggingface_hub asks for, from `contents` {"owner/name/path": bytes}.
+    """What the server answers to huggingface_hub, from `contents` {"owner/name/path": bytes}.
 
-    cuts: {path: [bytes after which a GET is cut]}, one for each GET, or "reset" (RST after a while) or "500" (nothing
-    but that status); status: {repo: HTTP status};
-    promised: {path: sha256 told}. Contents come from a host of another name, as the real hub's. `gets` are the (path,
-    first byte, authorization) of all GETs there, `tokens` the authorizations the hub itself got.
+    cuts: {path: [what happens to each GET]}: the number of bytes after which it is cut, "reset" (a TCP reset after
+    12 MiB) or "500" (only that status); status: {repo: HTTP status}; promised: {path: sha256 that the server reports}.
+    Contents come from another host name, as with the real one. `gets` are the (path, first byte, authorization) of all
+    GETs there, `tokens` the authorizations sent to the server itself.
     """
 
     def __init__(self, contents):
@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    """A hub with everything that is fetched, all but one file small."""
+    """A server with every file that can be downloaded, small ones except for HPS v2."""
     paths = [
         f"{source.repo}/{name}"
         for sources in downloads.SOURCES.values()
@@ -192,17 +192,19 @@ def test_sources_are_the_rewards_own():
     assert set(rewards.REWARDS) < set(downloads.SOURCES)
 
 
-def test_a_cut_download_goes_on_where_it_was(hub, tmp_path):
+def test_a_cut_download_continues_where_it_stopped(hub, tmp_path):
     hub.cuts[HPS] = [12 << 20, "reset"]
-    status, _, errors = fetch(hub, tmp_path, "hpsv2")
+    status, _, errors = fetch(hub, tmp_path, "hpsv2", HF_TOKEN="hf_secret")
     assert status == 0, errors
     begun, cut, reset = (first for _, first, _ in hub.gets)
+    # The token goes to Hugging Face alone, not to the host of the contents.
+    assert hub.tokens == {"Bearer hf_secret"} and {token for *_, token in hub.gets} == {None}
     assert begun == 0 and cut == 10 << 20 and reset in (10 << 20, 20 << 20)  # a reset may lose what was on its way
     assert (tmp_path / "hpsv2" / "HPS_v2_compressed.pt").read_bytes() == LARGE
     assert files(tmp_path) == ["hpsv2/HPS_v2_compressed.pt"]
 
 
-def test_a_download_that_fails_is_no_file_and_the_next_run_goes_on(hub, tmp_path):
+def test_a_failed_download_is_no_file_and_the_next_run_continues_it(hub, tmp_path):
     hub.cuts[HPS] = [12 << 20, *["500"] * 9]
     status, _, errors = fetch(hub, tmp_path, "hpsv2,hpsv2.1")
     assert status == 1 and "error: downloads that failed: 1" in errors
@@ -215,16 +217,17 @@ def test_a_download_that_fails_is_no_file_and_the_next_run_goes_on(hub, tmp_path
     assert (tmp_path / "hpsv2" / "HPS_v2_compressed.pt").read_bytes() == LARGE
 
 
-@pytest.mark.parametrize("name, path", [("hpsv2.1", "xswu/HPSv2/HPS_v2.1_compressed.pt"), ("clip", None)])
-def test_a_wrong_hash_leaves_nothing_behind(hub, tmp_path, name, path):
-    path = path or f"{downloads.SOURCES['clip'][0].repo}/{downloads.TOWER_FILES[0]}"
-    hub.promised[path] = "f" * 64
-    status, _, errors = fetch(hub, tmp_path, name)
-    assert status == 1 and f"expected {len(path)} bytes with sha256 {'f' * 64}; the file was removed" in errors
-    assert [file for file in tmp_path.rglob("*") if file.is_file() and path.split("/")[-1] in file.name] == []
+def test_a_wrong_hash_leaves_nothing_behind(hub, tmp_path):
+    paths = ["xswu/HPSv2/HPS_v2.1_compressed.pt", f"{downloads.SOURCES['clip'][0].repo}/{downloads.TOWER_FILES[0]}"]
+    hub.promised = dict.fromkeys(paths, "f" * 64)
+    status, _, errors = fetch(hub, tmp_path, "hpsv2.1,clip")
+    assert status == 1
+    for path in paths:
+        assert f"expected {len(path)} bytes with sha256 {'f' * 64}; the file was removed" in errors
+        assert [file for file in tmp_path.rglob("*") if file.is_file() and path.split("/")[-1] in file.name] == []
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("blobs/*"))
-    del hub.promised[path]
-    assert fetch(hub, tmp_path, name)[0] == 0
+    hub.promised.clear()
+    assert fetch(hub, tmp_path, "hpsv2.1,clip")[0] == 0
 
 
 def test_refusals_are_explained_and_the_rest_is_fetched(hub, tmp_path):
@@ -236,12 +239,6 @@ def test_refusals_are_explained_and_the_rest_is_fetched(hub, tmp_path):
     assert f"krea-ai/open-prompts: not found (404) on {hub.url}" in errors
     assert "yuvalkirstain/PickScore_v1: the repository has no file model.safetensors" in errors
     assert files(tmp_path) == sorted(f"stable-diffusion-v1-5/{name}" for name in downloads.STABLE_DIFFUSION_FILES)
-
-
-def test_the_token_is_sent_to_the_hub_alone(hub, tmp_path):
-    assert fetch(hub, tmp_path, "hpsv2.1", HF_TOKEN="hf_secret")[0] == 0
-    assert hub.tokens == {"Bearer hf_secret"}
-    assert hub.gets == [("xswu/HPSv2/HPS_v2.1_compressed.pt", 0, None)]
 
 
 def test_what_another_attempt_cannot_mend_is_not_tried_again(hub, tmp_path):

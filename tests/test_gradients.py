@@ -1,27 +1,14 @@
 """The training gradient against a naive unroll that stores everything, in float64."""
 
-import copy
-
 import pytest
 import torch
 
 from rewards import REWARDS, load_reward
-from textcraftor.models import Model, load_model, make_networks
+from textcraftor.models import Model, make_networks
 from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 
 PROMPTS = ["a red fox", "two apples on a table"]
 T, K, GUIDANCE = 5, 3, 7.5
-
-
-@pytest.fixture(scope="module")
-def double_model(stable_diffusion):
-    """tokenizer, original encoder, a tuned one a little away from it, unet, vae, scheduler config: all float64."""
-    tokenizer, original, unet, vae, config = load_model(str(stable_diffusion))
-    tuned = copy.deepcopy(original)
-    generator = torch.Generator().manual_seed(0)
-    for weight in tuned.parameters():
-        weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
-    return tokenizer, original.double(), tuned.double(), unet.double(), vae.double(), config
 
 
 def naive_images(model, noise, weighting):

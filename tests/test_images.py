@@ -1,22 +1,21 @@
-"""Generation by the stock pipeline, against the training sampler and against the pipeline called plainly."""
+"""Generated images against stock diffusers pipelines, whatever the batch and the threads."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import numpy as np
 import pytest
+import tiny
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from textcraftor.benchmark.images import (
-    generate,
-    load_pipeline,
-    switch_embeddings,
-)
+from textcraftor.benchmark.images import generate, load_pipeline
 from textcraftor.errors import UserError
-from textcraftor.models import load_model, make_networks
+from textcraftor.models import load_model
 from textcraftor.options import SCHEDULERS
-from textcraftor.sampling import make_images, make_scheduler, prompt_noise
+from textcraftor.sampling import prompt_noise
 from textcraftor.weight_files import check_text_encoder, load_text_encoder, save_text_encoder, save_unet
 
 PROMPTS = ["a red fox", "two apples on a table", "snow"]
@@ -46,42 +45,41 @@ def make(pipeline, tuned, rows=(0, 1, 2), grad_steps=2, guidance=7.5, weighting=
     return generate(pipeline, tuned, prompts, indices, **how)
 
 
-@pytest.mark.parametrize("grad_steps, guidance, weighting", [(2, 7.5, 1.0), (2, 7.5, 0.4), (3, 1.0, 1.0), (T, 4.0, 1)])
-def test_ddim_gives_the_images_of_the_training_sampler(stable_diffusion, tuned_path, grad_steps, guidance, weighting):
-    model = load_model(str(stable_diffusion))
-    tuned = copy.deepcopy(model.text_encoder)
-    load_text_encoder(tuned, tuned_path)
-    noise, how = prompt_noise(2023, INDICES, (4, 8, 8)), {"guidance": guidance, "weighting": weighting}
+def test_images_are_those_of_stock_pipelines(stable_diffusion, tuned_path):
+    """With one text encoder in all steps, for every sampler; with DDIM also when the embeddings are switched midway."""
+    noise = prompt_noise(2023, INDICES, (4, 8, 8))
+
+    def stock(pipeline, **how):
+        pipeline.set_progress_bar_config(disable=True)
+        # The noise of ancestral samplers: one documented seed per prompt.
+        seeds = [int(np.random.SeedSequence([2023, index]).generate_state(1)[0]) for index in INDICES]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        how |= {"latents": noise, "num_inference_steps": T, "output_type": "pt", "generator": generators}
+        return pipeline(PROMPTS, **how).images
+
+    for scheduler in SCHEDULERS:
+        pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
+        for grad_steps, encoder in ((0, pipeline.text_encoder), (T, tuned)):
+            images = make(pipeline, tuned, grad_steps=grad_steps)
+            own = {"text_encoder": encoder, "scheduler": copy.deepcopy(pipeline.scheduler)}  # it counts its steps
+            expected = stock(StableDiffusionPipeline(**pipeline.components | own, requires_safety_checker=False))
+            torch.testing.assert_close(images, expected, rtol=0, atol=1e-5, msg=scheduler)
+            assert images.std() > 0.05
+
+    pipeline, tuned = load(stable_diffusion, tuned_path)
     with torch.no_grad():
-        scheduler = make_scheduler(model.scheduler_config, T)
-        expected = make_images(make_networks(model, tuned), scheduler, PROMPTS, noise, tuned_steps=grad_steps, **how)
-    images = make(*load(stable_diffusion, tuned_path), grad_steps=grad_steps, guidance=guidance, weighting=weighting)
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
-    without = make(*load(stable_diffusion, tuned_path), grad_steps=0, guidance=guidance)
-    assert (images - without).abs().max() > 1e-3  # a hundred times as much
+        first, late = (tiny.embed(pipeline.tokenizer, encoder, PROMPTS) for encoder in (pipeline.text_encoder, tuned))
+    for grad_steps, guidance, weighting in (2, 7.5, 1.0), (3, 6.0, 0.4):
+        mixed = weighting * late + (1 - weighting) * first
 
+        def switch(pipeline, step, t, tensors, grad_steps=grad_steps, mixed=mixed):
+            return {"prompt_embeds": mixed} if step == T - grad_steps - 1 else {}
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_all_steps_or_none_are_the_stock_pipeline_with_one_encoder(stable_diffusion, tuned_path, scheduler):
-    pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
-    for grad_steps, encoder in ((0, pipeline.text_encoder), (T, tuned)):
-        images = make(pipeline, tuned, grad_steps=grad_steps)
-        own = {"text_encoder": encoder, "scheduler": copy.deepcopy(pipeline.scheduler)}  # it counts its steps
-        components = pipeline.components | own
-        stock = StableDiffusionPipeline(**components, requires_safety_checker=False)
-        stock.set_progress_bar_config(disable=True)
-        noise = prompt_noise(2023, INDICES, (4, 8, 8))
-        generators = [torch.Generator().manual_seed(seed_of(index)) for index in INDICES]
-        expected = stock(PROMPTS, latents=noise, num_inference_steps=T, output_type="pt", generator=generators).images
+        expected = stock(pipeline, guidance_scale=guidance, callback_on_step_end=switch)
+        images = make(pipeline, tuned, grad_steps=grad_steps, guidance=guidance, weighting=weighting)
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
-        assert images.std() > 0.05
-
-
-def seed_of(index):
-    """Of the noise that ancestral samplers add, as documented."""
-    import numpy as np
-
-    return int(np.random.SeedSequence([2023, index]).generate_state(1)[0])
+        without = make(pipeline, tuned, grad_steps=0, guidance=guidance)
+        assert (images - without).abs().max() > 1e-3  # a hundred times as much
 
 
 def evaluations(pipeline, call):
@@ -97,60 +95,36 @@ def evaluations(pipeline, call):
     return seen
 
 
-@pytest.mark.parametrize("grad_steps", [1, 3])
-@pytest.mark.parametrize("scheduler, evaluated", [
-    *((name, [1] * T) for name in SCHEDULERS if name != "PNDM"),
-    ("PNDM", [2] + [1] * (T - 1)),
-    ("Heun", [2] * (T - 1) + [1]),
-])  # fmt: skip
-def test_steps_are_counted_not_evaluations(stable_diffusion, tuned_path, scheduler, evaluated, grad_steps):
-    """evaluated: how often the UNet is evaluated in each step."""
-    pipeline, tuned = load(stable_diffusion, tuned_path, "Euler" if scheduler == "Heun" else scheduler)
-    if scheduler == "Heun":
-        pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
-        pipeline.scheduler.set_timesteps(T)
-    seen = evaluations(pipeline, lambda: make(pipeline, tuned, rows=[0], grad_steps=grad_steps))
-    is_tuned = [not torch.equal(embeddings, seen[0][1]) for _, embeddings in seen]
-    expected = [step >= T - grad_steps for step, count in enumerate(evaluated) for _ in range(count)]
-    assert is_tuned == expected
+def test_steps_are_counted_not_evaluations(stable_diffusion, tuned_path):
+    """Some samplers evaluate the UNet twice in some steps."""
+    evaluated = {name: [1] * T for name in SCHEDULERS}
+    evaluated |= {"PNDM": [2] + [1] * (T - 1), "Heun": [2] * (T - 1) + [1]}
+    for scheduler, counts in evaluated.items():
+        pipeline, tuned = load(stable_diffusion, tuned_path, "Euler" if scheduler == "Heun" else scheduler)
+        if scheduler == "Heun":
+            pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+            pipeline.scheduler.set_timesteps(T)
+        for grad_steps in 1, 3:
+            seen = evaluations(pipeline, partial(make, pipeline, tuned, rows=[0], grad_steps=grad_steps))
+            is_tuned = [not torch.equal(embeddings, seen[0][1]) for _, embeddings in seen]
+            expected = [step >= T - grad_steps for step, count in enumerate(counts) for _ in range(count)]
+            assert is_tuned == expected, scheduler
 
 
-def test_the_switch_works_in_another_pipeline(stable_diffusion, tuned_path):
-    """Image to image skips the first steps; the last ones are the same."""
-    pipeline, _ = load(stable_diffusion, tuned_path)
-    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    late = torch.zeros(2, 77, 32)
-
-    def call():
-        other(
-            "a fox", torch.zeros(1, 3, 64, 64), strength=0.8, num_inference_steps=T,
-            callback_on_step_end=switch_embeddings(late, 3),
-        )  # fmt: skip
-
-    seen = evaluations(other, call)
-    assert [torch.equal(embeddings, late) for _, embeddings in seen] == [False, True, True, True]
-
-
-@pytest.mark.parametrize("scheduler", ["DDIM", "EulerAncestral"])
-def test_an_image_does_not_depend_on_its_batch(stable_diffusion, tuned_path, scheduler):
-    pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
-    together = make(pipeline, tuned)
-    alone = torch.cat([make(pipeline, tuned, rows=[row]) for row in (2, 0, 1)])
-    torch.testing.assert_close(together[[2, 0, 1]], alone, rtol=0, atol=2e-5)
-    assert (together[0] - together[1]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("scheduler", ["DDIM", "PNDM", "UniPC"])
-def test_threads_share_a_pipeline(stable_diffusion, tuned_path, scheduler):
-    """UniPC and PNDM keep what they saw in earlier steps; threads of one core each, as where batches are in work."""
-    pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
+def test_an_image_depends_neither_on_its_batch_nor_on_threads(stable_diffusion, tuned_path):
+    """EulerAncestral draws noise in every step; UniPC and PNDM keep what they saw in earlier steps."""
     batches = [(0, 1, 2), (2,), (1, 0), (0, 2), (1,), (2, 1)]
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        expected = list(pool.map(lambda rows: make(pipeline, tuned, rows), batches))
-    with ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(lambda rows: make(pipeline, tuned, rows), batches))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for scheduler in "DDIM", "EulerAncestral", "PNDM", "UniPC":
+        pipeline, tuned = load(stable_diffusion, tuned_path, scheduler)
+        found = {}
+        for threads in 1, 3:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                found[threads] = list(pool.map(partial(make, pipeline, tuned), batches))
+        together, *others = found[1]
+        for rows, images in zip(batches[1:], others, strict=True):
+            torch.testing.assert_close(images, together[list(rows)], rtol=0, atol=2e-5, msg=scheduler)
+        assert (together[0] - together[1]).abs().max() > 0.1
+        assert all(map(torch.equal, found[1], found[3])), scheduler
 
 
 def test_tuned_weights_come_in_every_form(stable_diffusion, tuned_path, tmp_path):
@@ -181,7 +155,7 @@ def test_tuned_weights_that_do_not_fit_are_refused(stable_diffusion, tuned_path,
     with pytest.raises(UserError, match="no UNet in it"):
         load_pipeline(str(stable_diffusion), "DDIM", T, unet_path=str(tuned_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: expected a weight file, a folder or a hub id with a CLIPTextModel"):
+    with pytest.raises(UserError, match="empty: "):
         load_pipeline(str(stable_diffusion), "DDIM", T, text_path=str(tmp_path / "empty"))
     lacking = copy.deepcopy(load_model(str(stable_diffusion))[1])
     lacking.save_pretrained(tmp_path / "lacking")
@@ -189,7 +163,7 @@ def test_tuned_weights_that_do_not_fit_are_refused(stable_diffusion, tuned_path,
     name = sorted(name for name in state if "layers.0.mlp.fc1.weight" in name)[0]
     del state[name]
     save_file(state, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacking: its text_encoder lacks .*layers\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(UserError, match=r"lacking: .*layers\.0\.mlp\.fc1\.weight"):
         load_pipeline(str(stable_diffusion), "DDIM", T, text_path=str(tmp_path / "lacking"))
     for path in ("checkpoints/none.pth", "./none", "/none", "a/b/c"):
         with pytest.raises(UserError, match="no such weights"):

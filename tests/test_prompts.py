@@ -381,6 +381,7 @@ run_program(main)
 """
 
 
+@pytest.mark.xdist_group("processes")
 def test_processes_share_one_file_and_one_error(tmp_path):
     good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
     write(good, "id,prompt\n1,a cat\n2,a dog\n3,a fox\n4,an owl\n")

@@ -1,4 +1,4 @@
-"""The shell scripts, with programs that only say how they were called."""
+"""The shell scripts on users' machines; stand-ins for python, pip and accelerate print how they are called."""
 
 import os
 import shutil
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RELEASED = (
-    "--clip 0.5 --aesthetic 1. --pickscore 1. --hpsv2 1. --grad_steps 5 --lr_text 1e-6 --lr_unet 0. --batch-size 4"
-)
-BENCHMARKS = ("test_parti.sh", "test_hpsv2.sh")
+ACTIVE = {"VIRTUAL_ENV": "/env", "LACKS": "0", "GPUS": "0"}
+PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(10, 15)))
+OLD, NEW = "exit 1\n", 'case "$*" in *ensurepip*) exit "${NO_VENV:-0}";; *"import sys"*) exit 0;; esac\n'
 
 
 def program(path, lines):
@@ -26,15 +25,20 @@ def repository(tmp_path):
     """A copy of the scripts in a folder with a space in its name."""
     folder = tmp_path / "my clone"
     folder.mkdir()
-    for name in (
-        "setup_env.sh",
-        "run_textcraftor.sh",
-        "run_tests.sh",
-        *BENCHMARKS,
-        "requirements.txt",
-        "requirements-dev.txt",
-    ):
-        shutil.copy(ROOT / name, folder)
+    for path in (*ROOT.glob("*.sh"), *ROOT.glob("requirements*.txt")):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """Folder of programs: python of an active environment, which knows of $GPUS devices, accelerate, old pythons."""
+    folder = tmp_path / "bin"
+    answers = '*version_info*) exit 0;; *cuda*) echo "$GPUS";; *requirements*) exit "$LACKS";; *) echo "$@";;'
+    program(folder / "python", f'case "$2" in {answers} esac\n')
+    program(folder / "accelerate", 'echo "accelerate $*"\n')
+    for name in PYTHONS:
+        program(folder / name, OLD)
     return folder
 
 
@@ -47,40 +51,21 @@ def run(script, *arguments, path, **environment):
     )  # fmt: skip
 
 
-@pytest.fixture
-def active(tmp_path):
-    """Folder of programs of an active environment: python knows of $GPUS devices, all echo their arguments."""
-    folder = tmp_path / "bin"
-    program(
-        folder / "python", 'case "$2" in *cuda*) echo "$GPUS";; *requirements*) exit "$LACKS";; *) echo "$@";; esac\n'
-    )
-    program(folder / "accelerate", 'echo "accelerate $*"\n')
-    return folder
-
-
-def test_without_arguments_it_is_the_released_scripts_run(repository, active):
-    environment = {"VIRTUAL_ENV": "/some/env", "LACKS": "0"}
-    one = run(repository / "run_textcraftor.sh", path=active, GPUS="0", **environment)
-    assert one.stdout == f"{repository}/train_textcraftor.py {RELEASED}\n", one.stderr
-    eight = run(repository / "run_textcraftor.sh", "--hpsv2", "2", path=active, GPUS="8", **environment)
-    assert eight.stdout.startswith("accelerate launch") and "--num_processes 8 " in eight.stdout
-    assert eight.stdout.endswith(f"{repository}/train_textcraftor.py {RELEASED} --hpsv2 2\n")
-    assert not (repository / ".venv").exists()
-
-
-def test_the_miniature_keeps_its_own_defaults(repository, active):
-    arguments = ("--model", "miniature", "--seed", "3")
-    done = run(repository / "run_textcraftor.sh", *arguments, path=active, GPUS="0", LACKS="0", CONDA_PREFIX="/conda")
-    assert done.stdout == f"{repository}/train_textcraftor.py --model miniature --seed 3\n", done.stderr
-
-
-def test_benchmarks_take_the_papers_text_encoder_unless_something_else_is_tested(repository, active):
-    paper = "--text_path checkpoints/tc_text_e_0_iter_10000.pth --grad_steps 15 --seed 2023 "
-    for script in BENCHMARKS:
-        for arguments in ("--limit 8", "--text_path ", "--unet-path=u.pth", "--prompt_eng", "--score_only images"):
-            done = run(repository / script, *arguments.split(" "), path=active, GPUS="1", VIRTUAL_ENV="/env", LACKS="0")
-            expected = (paper if arguments == "--limit 8" else "") + arguments
-            assert done.stdout == f"{repository}/{script.replace('.sh', '.py')} {expected}\n", done.stderr
+def test_users_options_come_last_and_the_miniature_has_its_own(repository, programs):
+    for script, options, others in [
+        ("run_textcraftor", "--hpsv2 2", True),
+        ("run_textcraftor", "--model miniature --seed 3", False),
+        ("run_textcraftor", "--model=miniature", False),
+        ("test_parti", "--limit 8", True),
+        ("test_parti", "--text_path ", False),
+        ("test_hpsv2", "--unet-path=u.pth", False),
+        ("test_hpsv2", "--prompt_eng", False),
+        ("test_hpsv2", "--score_only images", False),
+    ]:
+        done = run(repository / f"{script}.sh", *options.split(" "), path=programs, **ACTIVE)
+        start = f"{repository}/{script.replace('run', 'train')}.py "
+        assert done.stdout.startswith(start) and done.stdout.endswith(f" {options}\n"), done.stderr
+        assert (done.stdout != f"{start}{options}\n") == others
 
 
 TORCHRUN = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "1234"}
@@ -89,44 +74,53 @@ SRUN = {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS"
 BATCH = {"SLURM_NNODES": "2", "SLURM_NODEID": "0"}
 
 
-@pytest.mark.parametrize(
-    "variables, gpus, options",
-    [
-        (TORCHRUN, 8, "--num_machines 2 --machine_rank 1 --main_process_ip node7 --main_process_port 1234 16"),
-        (SRUN | {"MASTER_ADDR": "n1"}, 1,
-         "--num_machines 2 --machine_rank 1 --main_process_ip n1 --main_process_port 29500 2"),
-        (BATCH, 2, "--num_machines 1 --machine_rank 0 --main_process_ip 127.0.0.1 --main_process_port 29500 2"),
-    ],
-)  # fmt: skip
-def test_several_nodes(repository, active, variables, gpus, options):
-    done = run(
-        repository / "run_textcraftor.sh", path=active, GPUS=str(gpus), VIRTUAL_ENV="/env", LACKS="0", **variables
+def test_every_gpu_of_every_node_has_a_process(repository, programs):
+    for variables, gpus, machines, rank, address, port, processes in [
+        (TORCHRUN, 8, 2, 1, "node7", 1234, 16),
+        (SRUN | {"MASTER_ADDR": "n1"}, 1, 2, 1, "n1", 29500, 2),
+        (BATCH, 2, 1, 0, "127.0.0.1", 29500, 2),
+        ({}, 8, 1, 0, "127.0.0.1", 29500, 8),
+    ]:
+        said = run(repository / "run_textcraftor.sh", path=programs, **ACTIVE | {"GPUS": str(gpus)} | variables).stdout
+        assert said.startswith("accelerate launch --multi_gpu ")
+        for option in (
+            f"--num_machines {machines} --machine_rank {rank} ",
+            f"--main_process_ip {address} --main_process_port {port} ",
+            f"--num_processes {processes} ",
+        ):
+            assert option in said
+
+
+def test_each_machine_that_does_not_fit_is_told_so_in_one_line(repository, programs):
+    """Python too old, no venv module, no network, an environment that lacks packages, nodes that cannot meet."""
+    pip_fails = NEW + (
+        'case "$*" in "-m venv "*) mkdir -p "$3/bin"; '
+        'printf "#!/bin/sh\\necho WARNING: Retrying >&2; echo ERROR: No matching distribution >&2; exit 1\\n" '
+        '> "$3/bin/python"; chmod +x "$3/bin/python";; esac\n'
     )
-    *options, processes = options.split()
-    assert done.stdout.startswith(f"accelerate launch --multi_gpu {' '.join(options)} --num_processes {processes} ")
-
-
-@pytest.mark.parametrize(
-    "variables, gpus, problem",
-    [
-        ({"NNODES": "2", "NODE_RANK": "1"}, 8, "MASTER_ADDR"),
-        (TORCHRUN, 0, "no GPU"),
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "16", "MASTER_ADDR": "n1"}, 8, "--ntasks-per-node=1"),
-    ],
-)
-def test_nodes_that_cannot_find_each_other(repository, active, variables, gpus, problem):
-    environment = {"VIRTUAL_ENV": "/env", "LACKS": "0"} | variables
-    done = run(repository / "run_textcraftor.sh", path=active, GPUS=str(gpus), **environment)
-    assert done.returncode == 1 and problem in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
-
-
-def test_an_active_environment_is_not_filled(repository, active):
-    done = run(repository / "run_tests.sh", path=active, GPUS="0", LACKS="1", VIRTUAL_ENV="/some/env")
-    assert done.returncode == 1 and "pip install -r" in done.stderr and done.stdout == ""
+    for python3, variables, problem in [
+        (OLD, {}, "install Python 3.10 or newer"),
+        (NEW, {"NO_VENV": "1"}, "apt install python3-venv"),
+        (NEW + "echo 'No space left on device' >&2; exit 1\n", {}, "could not be created: No space left on device"),
+        (pip_fails, {}, "ERROR: No matching distribution (is this machine online?"),
+        (OLD, {"VIRTUAL_ENV": "/env", "LACKS": "1"}, "/env, does not fit: ; run: pip install -r"),
+        (OLD, {"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "mine", "LACKS": "1"}, "/conda, does not fit: ; run:"),
+        (OLD, ACTIVE | {"NNODES": "2", "GPUS": "8"}, "MASTER_ADDR"),
+        (OLD, ACTIVE | TORCHRUN, "no GPU"),
+        (OLD, ACTIVE | SRUN | {"SLURM_STEP_NUM_TASKS": "16", "MASTER_ADDR": "n1"}, "--ntasks-per-node=1"),
+    ]:
+        program(programs / "python3", python3)
+        done = run(repository / "run_textcraftor.sh", path=programs, **variables)
+        assert done.returncode == 1 and problem in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and done.stdout.count("\n") <= 1
+        assert not (repository / ".venv" / "installed_requirements.txt").exists()
+    program(programs / "python", OLD)
+    done = run(repository / "run_textcraftor.sh", path=programs, **ACTIVE)
+    assert done.returncode == 1 and "/env, has no Python 3.10 or newer" in done.stderr and not done.stdout
 
 
 def test_an_active_environment_is_checked_by_versions(repository):
-    """With the real python of this suite: good as it is, and not when a requirement is newer or unknown."""
+    """With the real python of this suite: it fits, and does not when a requirement is newer or not installed."""
     folder = Path(sys.executable).parent
     (repository / "requirements.txt").write_text("numpy>=1.0\n# a comment\n")
     (repository / "requirements-dev.txt").write_text("-r requirements.txt\npytest>=1\n")
@@ -135,50 +129,39 @@ def test_an_active_environment_is_checked_by_versions(repository):
     (repository / "requirements.txt").write_text("numpy>=99.1\nno-such-package>=1\n")
     old = run(repository / "run_tests.sh", path=folder, CONDA_PREFIX="/conda", CONDA_DEFAULT_ENV="mine")
     assert old.returncode == 1 and old.stderr.count("\n") == 1
-    assert "older than 99.1; no-such-package is missing" in old.stderr and "pip install -r" in old.stderr
+    assert "older than 99.1; no-such-package is missing" in old.stderr
 
 
-def test_condas_base_is_not_used_unless_it_has_the_packages(repository, active):
-    conda = {"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base", "GPUS": "0"}
-    used = run(repository / "run_textcraftor.sh", path=active, LACKS="0", **conda)
-    assert "train_textcraftor.py" in used.stdout
-    program(active / "python3", "exit 1\n")  # goes on to make .venv, which needs a python3
-    left = run(repository / "run_textcraftor.sh", path=active, LACKS="1", **conda)
-    assert "left alone" in left.stdout and "Python 3.10 or newer" in left.stderr
-
-
-def test_an_environment_is_made_once_and_again_when_requirements_change(repository, tmp_path):
-    """python3 is a stand-in that makes an environment whose pip notes each installation."""
+def test_an_environment_is_made_once_and_again_when_requirements_change(repository, programs, tmp_path):
+    """By the first Python that is new enough, also where conda's base lacks packages; base is used if it has them."""
     log = tmp_path / "log"
-    made = f"""
-case "$*" in
-    *version_info*) exit 0;;
-    "-m venv "*)
-        mkdir -p "$3/bin"
-        echo 'echo "$@" >> {log}' > "$3/bin/python"
-        chmod +x "$3/bin/python"
-        echo 'PATH="$repository/.venv/bin:$PATH"' > "$3/bin/activate";;
+    program(
+        programs / "python3.12",
+        NEW
+        + f"""
+case "$*" in "-m venv "*)
+    mkdir -p "$3/bin"
+    echo 'echo "$@" >> {log}' > "$3/bin/python"
+    chmod +x "$3/bin/python"
+    echo 'PATH="$repository/.venv/bin:$PATH"' > "$3/bin/activate";;
 esac
-"""
-    program(tmp_path / "bin" / "python3", made)
+""",
+    )
+    conda = {"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}
+    assert "-m pytest" in run(repository / "run_tests.sh", path=programs, LACKS="0", **conda).stdout
+    assert not (repository / ".venv").exists()
 
-    def calls(*arguments):
+    def calls(*arguments, **environment):
         log.write_text("")
-        done = run(repository / "run_tests.sh", *arguments, path=tmp_path / "bin")
+        done = run(repository / "run_tests.sh", *arguments, path=programs, LACKS="1", **environment)
         assert done.returncode == 0, done.stderr
         return log.read_text().splitlines()
 
-    install, tests = calls("-k", "resume")
+    install, tests = calls("-k", "resume", **conda)
     assert install.startswith("-m pip install") and install.endswith(f"-r {repository}/requirements-dev.txt")
-    assert tests == "-m pytest -k resume"
-    assert calls() == ["-m pytest"]
+    assert tests.startswith("-m pytest ") and tests.endswith(" -k resume")
+    assert [line.startswith("-m pytest") for line in calls()] == [True]
+    assert calls("-m", "gpu") == ["-m pytest -m gpu"]  # one after another, as they share the GPU
     with open(repository / "requirements.txt", "a") as file:
         file.write("another\n")
     assert len(calls()) == 2
-
-
-def test_an_old_python_is_refused(repository, tmp_path):
-    program(tmp_path / "bin" / "python3", "exit 1\n")
-    done = run(repository / "run_tests.sh", path=tmp_path / "bin")
-    assert done.returncode == 1 and "Python 3.10 or newer" in done.stderr
-    assert not (repository / ".venv" / "installed_requirements-dev.txt").exists()

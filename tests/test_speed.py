@@ -1,4 +1,4 @@
-"""The benchmarks of the training step measure the same step: one gradient, three ways."""
+"""The benchmarks of the training step measure the same step, and count its FLOPs and memory right."""
 
 import contextlib
 from argparse import Namespace
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards.sum import RewardSum
 from speed import full_size, step
-from speed.networks import WEIGHTS, LiveBytes, build, in_use, middle_size
+from speed.networks import WEIGHTS, LiveBytes, build, flop_counter, in_use, middle_size
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer
 from textcraftor.sampling import make_scheduler
 
@@ -83,3 +83,30 @@ def test_live_bytes_are_those_of_all_tensors():
             assert memory.live >= 4 * (2 * 1_001_000 + 3 * 500_000)  # with gradients
             del output
         assert memory.peak >= memory.live + 4 * 500_000
+
+
+def test_full_size_counts_without_running(monkeypatch, capsys):
+    """Training and evaluation on fake tensors: every step has as many FLOPs, weights as many bytes as they hold."""
+    monkeypatch.setattr(full_size, "full_size", tiny_size)
+    args = full_size.make_parser("", full_size.OPTIONS).parse_args(["--step", "2", "--grad_steps", "1"])
+    config = DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler")
+    flops, peak = full_size.count(args, make_scheduler(config, args.step))
+    assert flops["first steps, no gradient"] == flops["last steps"] > 0
+    assert 2e6 < peak < 1e9
+    full_size.main(["--count", "--evaluate", "--step", "1", "--grad_steps", "1"])
+    with FakeTensorMode():
+        networks = build(tiny_size(), "", torch.bfloat16, torch.float32)
+    weights = sum(p.nbytes for part in (*networks[:4], *networks[4]) for p in part.parameters()) / 2**30
+    assert f"scored in fp32: {weights:.1f} GiB of weights, at most" in capsys.readouterr().out
+
+
+def test_attention_on_the_cpu_is_counted():
+    """Two products of 2 * 128 * 128 * 64 FLOPs a head forward, five backward, one of which computes scores again."""
+    with FakeTensorMode():
+        q = torch.randn(2, 4, 128, 64, requires_grad=True)
+        with flop_counter() as forward:
+            output = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        with flop_counter() as backward:
+            output.sum().backward()
+    product = 8 * 2 * 128 * 128 * 64
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (2 * product, 5 * product)

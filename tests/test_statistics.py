@@ -34,11 +34,11 @@ def test_large_groups_have_the_percentile_bootstrap():
     np.testing.assert_allclose(np.ravel(mean_interval(values)), values.mean() + [-half, half], atol=0.06 * half)
 
 
-@pytest.mark.parametrize("count", [3, 8, 30])
-def test_intervals_hold_the_true_mean_in_95_of_100_samples(count):
-    values = np.random.default_rng(count).normal(1, 2, size=(count, 2000))
-    low, high = mean_interval(values)
-    assert 0.92 < ((low < 1) & (high > 1)).mean() < 0.97  # standard error 0.005
+def test_intervals_hold_the_true_mean_in_95_of_100_samples():
+    for count in 3, 8, 30:
+        values = np.random.default_rng(count).normal(1, 2, size=(count, 2000))
+        low, high = mean_interval(values)
+        assert 0.92 < ((low < 1) & (high > 1)).mean() < 0.97, count  # standard error 0.005
 
 
 def test_pairs_stay_pairs():

@@ -311,9 +311,9 @@ def test_files_that_are_no_weights_are_refused(model, encoder, tmp_path):
     save_file(encoder.state_dict(), tmp_path / "whole.safetensors")
     torch.save([1, 2], tmp_path / "list")
     cases = {
-        "is no weight file": b"not weights",
+        "is not a weight file": b"not weights",
         "is a web page": b"<!DOCTYPE html><title>Access denied</title>",
-        "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 492265168\n",
+        "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 492265168\n",
         "is empty": b"",
         "damaged or incomplete": (tmp_path / "whole.pth").read_bytes()[:100_000],
         "damaged or incomplete .*fetch it again": (tmp_path / "whole.safetensors").read_bytes()[:100_000],

@@ -1,46 +1,48 @@
-"""Checkpoints of a run: its weights and what continuing needs, each written whole or not at all.
+"""Checkpoints of a run: its weights and the state to resume from, each file written completely or not at all.
 
 In the output folder: <name>_e_<epoch>_iter_<step>.safetensors, the trained weights, and <name>.safetensors, a link to
 the newest; <name>_best.safetensors; and resume/step_<step>/, accelerate's state of optimizer, loss scale and random
-numbers, which belongs to the weights of the same step. Weights are named as transformers 4 and 5, diffusers and ComfyUI
-know them, so a run can be resumed under another version of these libraries.
+numbers, which belongs to the weights of the same step. Weights have the names that transformers 4 and 5, diffusers and
+ComfyUI know, so a run can be resumed under another version of these libraries.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from accelerate.utils import broadcast_object_list
+
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
+from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
+SAVE = {"tc_text": save_text_encoder, "tc_unet": save_unet}  # (state dict, path)
+LOAD = {"tc_text": load_text_encoder, "tc_unet": load_unet}  # (network, path), strictly, in place
 MARGIN = 2**20  # bytes for pictures, metrics and the rest
 
 
 class Trained(NamedTuple):
-    """A network in training, under the one name that its files have: tc_text or tc_unet."""
+    """A network in training and the name of its files, tc_text or tc_unet."""
 
     name: str
-    network: object  # as accelerator.prepare returned it
+    network: torch.nn.Module  # as accelerator.prepare returned it
     learning_rate: float
-    save: Callable  # (state dict, path)
-    load: Callable  # (network, path), strictly, in place
 
 
 def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
-    """Bytes of one checkpoint's (weights, optimizer state): fp32, and AdamW's two moments of each weight."""
+    """Bytes of one checkpoint's (weights, optimizer state): fp32 weights, and AdamW's two moments per weight."""
     weights = 4 * sum(parameter.numel() for part in trained for parameter in part.network.parameters())
     return weights, 2 * weights
 
 
 def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
-    """Raise UserError unless `folder` has room for what a run of `keep` checkpoints (0: at least one) writes."""
+    """Raise UserError unless `folder` has room for a run that keeps `keep` checkpoints (0: room for at least one)."""
     weights, state = checkpoint_bytes(trained)
-    needed = (
-        (max(keep, 1) + 2) * weights + 2 * state + MARGIN
-    )  # the best, and the new beside the old while it is written
+    # `keep` checkpoints, the best one, and a new one that is written before the oldest is deleted; the state likewise.
+    needed = (max(keep, 1) + 2) * weights + 2 * state + MARGIN
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, and this run writes up to {needed / 1e9:.2f} GB of checkpoints; free "
@@ -48,21 +50,22 @@ def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
         )
 
 
-def has_room(folder: Path, trained: list[Trained]) -> bool:
-    """Whether the disk has room for one more checkpoint."""
-    return free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN
+def has_room(accelerator, folder: Path, trained: list[Trained]) -> bool:
+    """Whether the disk has room for one more checkpoint; the main process answers for all, so that they act alike."""
+    answer = [accelerator.is_main_process and free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN]
+    return broadcast_object_list(answer)[0]
 
 
 def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str) -> None:
-    """Write <name><suffix>.safetensors of every trained network. All processes call this: each may hold a part."""
+    """Write <name><suffix>.safetensors for every trained network. All processes must call this."""
     for part in trained:
         state = accelerator.get_state_dict(part.network)
         if accelerator.is_main_process:
-            part.save(state, Path(folder) / f"{part.name}{suffix}.safetensors")
+            SAVE[part.name](state, Path(folder) / f"{part.name}{suffix}.safetensors")
 
 
 def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
-    """Write the weights and the state after `step`, then link the newest weights and delete those beyond `keep`."""
+    """Write the weights and the state after `step`; then link the newest weights, and keep only `keep`."""
     folder, states, suffix = Path(folder), Path(folder) / "resume", f"_e_{epoch}_iter_{step}"
     unfinished = states / "unfinished"
     save_weights(accelerator, trained, folder, suffix)
@@ -96,7 +99,7 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
     if not states:
         return 0
     step = _step(states[-1])
-    if not accelerator.is_fsdp2:  # whose split weights lie in the state
+    if not accelerator.is_fsdp2:  # FSDP keeps its sharded weights in the state
         for part in trained:
             found = list(folder.glob(f"{part.name}_e_*_iter_{step}.safetensors"))
             if not found:
@@ -104,7 +107,7 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
                     f"--resume: {states[-1]} belongs to {part.name}_e_…_iter_{step}.safetensors, which is not in "
                     f"{folder}; put it back, or start another run from other weights with --text_path"
                 )
-            part.load(accelerator.unwrap_model(part.network), found[0])
+            LOAD[part.name](accelerator.unwrap_model(part.network), found[0])
     try:
         accelerator.load_state(str(states[-1]))
     except Exception as problem:  # pickle, zip and accelerate each raise their own kinds for a damaged file
@@ -116,9 +119,9 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
 
 
 def keep_weights_out_of_state(accelerator) -> None:
-    """Have accelerate's state hold no weights: the checkpoint has them already, in a format that is everybody's.
+    """Keep weights out of accelerate's state: the checkpoint already has them, in a format that all tools read.
 
-    Under FSDP, accelerate writes split weights in any case, and they stay.
+    Under FSDP, accelerate writes sharded weights in any case, and they stay.
     """
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())

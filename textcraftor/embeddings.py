@@ -1,15 +1,17 @@
-"""Prompt embeddings: what the UNet is told of the prompts.
+"""Prompt embeddings: what the UNet is conditioned on.
 
-Conditions are keyword arguments of the UNet, a dict of tensors with a row a prompt: for Stable Diffusion v1
-{"encoder_hidden_states": (B, L, D)}. Everything but `encode_prompts` works for any others, such as SDXL's added ones.
+Conditions are keyword arguments of the UNet, a dict of tensors with one row per prompt: for Stable Diffusion v1
+{"encoder_hidden_states": (B, L, D)}. Everything except `encode_prompts` also takes other tensors, such as SDXL's.
 """
 
 from threading import Lock
 
 import torch
 
+from textcraftor.mixing import Weighted, mix
+
 Conditions = dict[str, torch.Tensor]
-_tokenizing = Lock()  # a tokenizer keeps the settings of the call at work: one thread at a time
+_tokenizing = Lock()  # tokenizers store the current call's settings: one thread at a time
 
 
 def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
@@ -20,11 +22,11 @@ def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
 
 
 def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple[Conditions, Conditions]:
-    """Conditions for both parts of the sampler, each of 2B rows, the B unconditional ones first.
+    """Original and tuned conditions for the sampler, each of 2B rows, the B unconditional ones first.
 
-    networks: a models.Networks. Returns (of the original encoder, without gradient; weighting * tuned +
-    (1 - weighting) * original), the second from one forward pass of the tuned encoder over "" and all prompts, or the
-    first again if both encoders are one.
+    networks: a models.Networks. Returns (the original encoder's, without gradient; weighting * tuned +
+    (1 - weighting) * original). The tuned encoder runs once, on "" and all prompts. If both encoders are the same
+    object, both results are too. Several tuned encoders Tᵢ with weights wᵢ are mixed: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀.
     """
     with torch.no_grad():
         conditional = encode_prompts(networks.tokenizer, networks.original_encoder, prompts)
@@ -32,8 +34,12 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
         original = guidance_pair(rows)
     if networks.text_encoder is networks.original_encoder:
         return original, original
-    tuned = guidance_pair(encode_prompts(networks.tokenizer, networks.text_encoder, ["", *prompts]))
-    return original, {name: torch.lerp(original[name].to(value), value, weighting) for name, value in tuned.items()}
+    several = isinstance(networks.text_encoder, list)
+    tuned = []
+    for encoder, weight in networks.text_encoder if several else [Weighted(networks.text_encoder)]:
+        rows = encode_prompts(networks.tokenizer, encoder, ["", *prompts])
+        tuned.append((guidance_pair(rows), weighting * weight))
+    return original, mix(original, tuned)
 
 
 def guidance_pair(conditions: Conditions) -> Conditions:
@@ -45,6 +51,6 @@ def guidance_pair(conditions: Conditions) -> Conditions:
 
 
 def count_cut(tokenizer, prompts: list[str]) -> int:
-    """How many of the prompts have more tokens than the text encoder reads, and lose their end."""
+    """How many prompts have more tokens than the text encoder reads and are truncated."""
     lengths = map(len, tokenizer(prompts, verbose=False).input_ids)
     return sum(length > tokenizer.model_max_length for length in lengths)

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""UserError, the exception for problems that the user can fix, and how programs report it."""
 
 import os
 import sys
@@ -6,32 +6,32 @@ import time
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what was found, what was expected, what to do next.
+    """A problem the user can fix. The message is one line: what was found, what was expected, what to do next.
 
-    run_program turns it into ``sys.exit(f"error: {message}")``; it never shows a traceback.
+    run_program prints it as ``error: <message>``, without a traceback.
     """
 
 
 def first_line(error: Exception) -> str:
-    """What another library's exception says, short enough to go into a UserError."""
+    """First line of another library's exception, for use in a UserError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_program(main) -> None:
-    """Call main(); a UserError ends the process with its one line.
+    """Call main(); on a UserError, exit with its message and no traceback.
 
-    When one of several processes fails, it alone reports why; the others wait for the launcher to end them.
+    If one of several processes fails, only that one reports why; the others wait for the launcher to end them.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a finished job
+            stream.reconfigure(errors="backslashreplace")  # a non-UTF-8 terminal must not crash a finished job
     try:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # most likely every process has this error: let rank 0 report it
+            time.sleep(5)  # every process probably has this error: let rank 0 report it
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if any(backend in str(error) for backend in ("gloo", "NCCL")):
-            time.sleep(30)  # most likely another process failed first: the launcher ends this one
+            time.sleep(30)  # another process probably failed first: the launcher ends this one
         raise

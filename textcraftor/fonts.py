@@ -1,4 +1,4 @@
-"""Text for pictures: each character in a font of this machine that has it, and never an empty box.
+"""Text for pictures: each character is drawn in a font that has it, so that none appears as an empty box.
 
 Matplotlib's own font comes first. What it lacks (Chinese, emoji, ...) comes from the system's fonts. Where no font has
 a character, an emoji or symbol is spelled out by its name (":fox face:"), and text in another script by the number of
@@ -38,7 +38,7 @@ def _characters(path):
     try:
         with TTFont(path, fontNumber=0, lazy=True) as font:
             return frozenset(font.getBestCmap() or ())
-    except Exception:  # a damaged or unusual font raises anything; it is no font to draw with
+    except Exception:  # a damaged font can raise anything; it is not used
         return frozenset()
 
 
@@ -57,7 +57,7 @@ def _load(path, size):
 def _font_of(character, outlines):
     """The path of the first font that has a character and draws something for it, or None.
 
-    outlines: only fonts that matplotlib can use, which has no bitmap fonts.
+    outlines: only fonts that matplotlib can use; it cannot draw bitmap fonts.
     """
     for path in (FONT, *system_fonts()):
         if ord(character) not in _characters(path) or (outlines and not _family(path)):
@@ -79,7 +79,7 @@ def _family(path):
 
 
 def _spell_out(characters):
-    """Characters without a font, as text that can be read."""
+    """Readable text in place of characters that no font has."""
     parts = []
     for kind, members in groupby(characters, _kind):
         members = list(members)
@@ -101,7 +101,7 @@ def _kind(character):
 
 
 def with_fonts(text, outlines=False):
-    """Split a line of text into [(font path, part)], with characters that no font has spelled out.
+    """Split a line of text into [(font path, part)]. Characters that no font has are replaced by readable text.
 
     outlines: for matplotlib, which cannot draw bitmap fonts.
     """
@@ -129,7 +129,7 @@ def with_fonts(text, outlines=False):
 
 
 def plot_text(text):
-    """A text for a matplotlib label (see plot_families), with characters that no font has spelled out."""
+    """A text for a matplotlib label (see plot_families). Characters that no font has are replaced by readable text."""
     return "".join(part for _, part in with_fonts(text, outlines=True))
 
 
@@ -166,7 +166,7 @@ def draw_text(page, place, text, size):
 def wrap(text, size, width, most=None):
     """Lines of a text that are at most `width` pixels wide, broken at spaces or, in longer words, anywhere.
 
-    Of more than `most` lines, the last one kept ends in an ellipsis.
+    If there are more than `most` lines, the rest is cut and the last line ends in an ellipsis.
     """
     lines = []
     for paragraph in text.splitlines():

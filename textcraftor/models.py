@@ -1,4 +1,4 @@
-"""Load Stable Diffusion v1 from a diffusers folder, the hub or a single file, and check what it is before that."""
+"""Check and load Stable Diffusion v1 from a diffusers folder, the hub or a single file."""
 
 import json
 import warnings
@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from textcraftor.downloads import command
 from textcraftor.embeddings import Conditions, encode_prompts
 from textcraftor.errors import UserError, first_line
+from textcraftor.mixing import Weighted
 from textcraftor.weight_files import (
     check_inputs,
     check_unet_states,
@@ -46,11 +47,14 @@ class Model(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The networks that make an image. Without a tuned encoder, `text_encoder` is `original_encoder`."""
+    """The networks that make an image. Without a tuned encoder, `text_encoder` is `original_encoder`.
+
+    Several tuned encoders with their weights are mixed, see embeddings.embed_prompts.
+    """
 
     tokenizer: CLIPTokenizer
     original_encoder: CLIPTextModel
-    text_encoder: torch.nn.Module
+    text_encoder: torch.nn.Module | list[Weighted]
     unet: torch.nn.Module
     vae: AutoencoderKL
     unconditional: Conditions  # the original encoder's, one row, computed once
@@ -60,8 +64,8 @@ class Networks(NamedTuple):
         return self.vae.device
 
 
-def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> Networks:
-    """The networks of `model` as they are now (device, dtype), with a tuned text encoder if one is given."""
+def make_networks(model: Model, text_encoder: torch.nn.Module | list[Weighted] | None = None) -> Networks:
+    """The networks of `model` as they are now (device, dtype), with tuned text encoders if there are any."""
     with torch.no_grad():
         unconditional = encode_prompts(model.tokenizer, model.text_encoder, [""])
     tuned = model.text_encoder if text_encoder is None else text_encoder
@@ -71,8 +75,8 @@ def make_networks(model: Model, text_encoder: torch.nn.Module | None = None) -> 
 def latent_shape(model: Model) -> tuple[int, int, int]:
     """(C, h, w) of the latents of the pictures that the model makes, the same as in diffusers' own pipeline.
 
-    The UNet's sample_size is a number, a pair (height, width), or null for Stable Diffusion's 64. Numbers below 64 in
-    configurations older than diffusers 0.9 are an error of those that converted SD v1 for it, and mean 64.
+    The UNet's sample_size is a number, a pair (height, width), or null, which means 64. Configurations from before
+    diffusers 0.9 with a smaller number, such as 32, are known conversion mistakes and mean 64 as well.
     """
     config = model.unet.config
     size = config.sample_size
@@ -93,7 +97,7 @@ def quiet_libraries():
 
 
 def check_model(model: str) -> None:
-    """Raise UserError unless `model` is a Stable Diffusion v1, as far as names, configurations and weights' names tell.
+    """Raise UserError unless `model` is a Stable Diffusion v1, judging by file names, configurations and weight names.
 
     model: diffusers folder, single file, or hub id, of which only the form is checked here. Quick: reads no weights.
     """
@@ -135,7 +139,7 @@ def check_configs(folder: Path) -> None:
     if (folder / "transformer").is_dir() or (folder / "prior").is_dir():
         raise UserError(f"{folder}: is a {kind or 'model with a transformer'}; expected a Stable Diffusion v1")
     if alone and not (folder / "unet").is_dir():
-        raise UserError(f"{folder}: is a {alone} alone; expected a whole Stable Diffusion v1 folder with {_parts()}")
+        raise UserError(f"{folder}: is only a {alone}; expected a whole Stable Diffusion v1 folder with {_parts()}")
     if (folder / "text_encoder_2").is_dir() or "XL" in kind:
         refiner = "" if (folder / "text_encoder").is_dir() else " refiner"
         raise UserError(f"{folder}: is a Stable Diffusion XL{refiner} (support is planned); expected a version 1")
@@ -173,7 +177,7 @@ def check_configs(folder: Path) -> None:
     if width != expected:
         raise UserError(
             f"{folder}: its text encoder has width {width}, its UNet expects {expected} (cross_attention_dim): "
-            "they are of different models"
+            "they belong to different models"
         )
     if unet.get("class_embed_type") or unet.get("num_class_embeds"):
         raise UserError(f"{folder}: its UNet needs class labels, as upscalers do; expected one for text to image")
@@ -265,14 +269,14 @@ def _load_with(read_state, kind, configs, states, path):
 
 
 def _empty(build):
-    """A network whose weights hold whatever the memory holds: no time goes into random numbers."""
+    """A network with uninitialised weights: filling them with random numbers would take time for nothing."""
     with torch.device("meta"):
         network = build()
     return network.float().to_empty(device="cpu")
 
 
 def _library(load, source):
-    """load(source) of transformers or diffusers, whose many kinds of exceptions become UserErrors."""
+    """load(source), a function of transformers or diffusers, with any of their exceptions turned into a UserError."""
     try:
         return load(source)
     except Exception as problem:
@@ -288,10 +292,10 @@ BUILDERS = {
 
 
 def fit_tokenizer(tokenizer: CLIPTokenizer, config: CLIPTextConfig, model: str) -> None:
-    """Make prompts as long as the text encoder reads at most.
+    """Limit the tokenizer's model_max_length to what the text encoder reads; tokenizers without one report 1e30.
 
-    Tokenizers without model_max_length say 1e30. Raises UserError if the tokenizer has tokens that the text encoder has
-    no embedding for, such as those that textual inversion adds: prompts with them could not be encoded.
+    Raises UserError if the tokenizer has tokens without an embedding in the text encoder, such as those that textual
+    inversion adds: prompts with them could not be encoded.
     """
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     unknown = {token: index for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}

@@ -1,15 +1,15 @@
-"""Command-line options from a table, with errors of one line."""
+"""Build command-line parsers from a table of options; every error is one line."""
 
 import argparse
 import math
 
 from textcraftor.errors import UserError
 
-# At test time (and in validation) the tuned text encoder drives the last steps, of 25: TextCraftor, Table 4.
+# At test time (and in validation) the tuned encoder conditions this many of the last steps of 25: TextCraftor, Table 4.
 TEST_TUNED_STEPS = 15
 TEST_SEED = 2023
 
-# Samplers by the names users choose, and diffusers' classes of them.
+# Sampler names for users -> diffusers' scheduler classes.
 SCHEDULERS = {
     "DDIM": "DDIMScheduler",
     "PNDM": "PNDMScheduler",
@@ -20,15 +20,15 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
-# The columns of metrics.csv beside those of the rewards.
+# Columns of metrics.csv, apart from the rewards'.
 COLUMNS = ("step", "epoch", "total", "lr", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
 
 
 def make_parser(description, options):
-    """A parser of options (name, default, comment); a name is understood with `_` and with `-`, after short ones.
+    """Build a parser from (names, default, help) tuples. Short names come first; `_` and `-` are interchangeable.
 
-    The default gives the type; False makes a switch, [] an option that may be repeated, and a tuple a choice among its
-    entries, the first being the default. What is wrong on a command line raises UserError.
+    The default sets the type: False makes a switch, [] a repeatable option, and a tuple a choice whose first entry is
+    the default. The parser raises UserError for an invalid command line.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -48,7 +48,7 @@ def make_parser(description, options):
             how |= {"type": type(default)}
         if how.get("default") not in (None, "", []):
             comment += f" (default: {how['default']})"
-        parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment, **how)
+        parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment.replace("%", "%%"), **how)
 
     def fail(message):
         raise UserError(f"{message} (--help lists all options)")
@@ -58,19 +58,28 @@ def make_parser(description, options):
 
 
 def require(args, bounds):
-    """Raise UserError unless every option is finite and at least its bound: {"names apart by spaces": bound}."""
+    """Raise UserError unless every option is finite and at least its bound: {"space-separated names": bound}."""
     for names, bound in bounds.items():
         for name in names.split():
             if not bound <= getattr(args, name) < math.inf:
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least {bound}")
 
 
+def check_tuned_steps(args):
+    """Raise UserError unless grad_steps <= step <= 1000."""
+    if not args.grad_steps <= args.step <= 1000:
+        raise UserError(
+            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the tuned "
+            "text encoder is used in the last of all steps"
+        )
+
+
 def reward_specs(named, own, monitors):
-    """Rewards in use and monitors, from their options.
+    """Rewards to train on and to monitor, from their options.
 
     named: {reward name: weight}; own: ["path/to/file.py:function=weight"]; monitors: ["name,path/to/file.py:function"].
-    Returns ({name or path/to/file.py:function: weight}, [the same of monitors]), rewards of weight 0 left out and no
-    reward in both. Raises UserError for what cannot be read and if no weight is left.
+    Returns ({name or path/to/file.py:function: weight}, [monitors, named likewise]). Leaves out rewards of
+    weight 0, and monitors that are trained on. Raises UserError for malformed options and if all weights are 0.
     """
     weighted = dict(named)
     for option in own:
@@ -83,10 +92,10 @@ def reward_specs(named, own, monitors):
             raise UserError(f"--reward {option}: expected path/to/file.py:function=weight")
     for spec, weight in weighted.items():
         if not math.isfinite(weight):
-            raise UserError(f"the weight of {spec} is {weight}: must be a finite number")
+            raise UserError(f"the weight of {spec} is {weight}; expected a finite number")
     weighted = {spec: weight for spec, weight in weighted.items() if weight}
     if not weighted:
-        raise UserError("all reward weights are 0: nothing to train for; give one a weight, say --hpsv2 1")
+        raise UserError("all reward weights are 0; set at least one, for example --hpsv2 1")
     monitored = [spec for option in monitors for spec in option.split(",") if spec and spec not in weighted]
     for spec in monitored:
         if spec not in named and ":" not in spec:
@@ -100,7 +109,7 @@ def reward_specs(named, own, monitors):
 
 
 def check_all(checks):
-    """Call each (check, *arguments) and raise the UserErrors of all of them as one."""
+    """Call each (check, *arguments), then raise all their UserErrors as one."""
     problems = []
     for check, *arguments in checks:
         try:

@@ -28,22 +28,22 @@ def sample_grid(images, prompts, scores, step):
     """
     notes = [f"total {score:.2f}" for score in scores["total"]]
     means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
-    return _grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
+    return grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
 
 
 def before_after_grid(before, after, prompts, tuned, path):
     """Write a PNG of image pairs, before training on the left and after it on the right, each above its prompt.
 
-    before, after: (scores, images) as in sample_grid; tuned: what happened in between, for the title.
+    before, after: (scores, images) as in sample_grid; tuned: what was trained and how long, for the title.
     """
     (first, first_images), (last, last_images) = before, after
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
     means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
     title = f"before (left) and after {tuned} (right) · {means}"
-    save(_grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
+    save(grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
 
 
-def _grid(groups, prompts, notes, title):
+def grid(groups, prompts, notes, title):
     """A page of cells, each with images side by side above a prompt and a note.
 
     groups: one sequence of (3, H, W) uint8 images per cell; there may be more prompts and notes than groups.

@@ -1,4 +1,4 @@
-"""Which floating-point type networks compute in: --mixed_precision."""
+"""Choose the floating-point type that networks compute in (--mixed_precision)."""
 
 import os
 
@@ -13,9 +13,9 @@ HAS_FP16 = {"cuda", "xpu", "npu", "mps"}
 def choose_precision(requested: str, device: torch.device | str) -> tuple[str, str]:
     """--mixed_precision (auto, no, fp16 or bf16) on this device -> ("no", "fp16" or "bf16"; why, for the start line).
 
-    auto is bf16 where the hardware multiplies it fast: GPUs with bf16, x86 CPUs with AVX-512-BF16 or AMX. Elsewhere it
-    is "no", fp32: CPU libraries compute bf16 in reference kernels there, ten times slower than fp32.
-    Raises UserError for fp16 on a device that cannot train in it.
+    auto means bf16 where the hardware supports it: GPUs with bf16, x86 CPUs with AVX-512-BF16 or AMX. Elsewhere it
+    means "no" (fp32): without hardware support, CPU libraries run bf16 ten times slower than fp32.
+    Raises UserError for fp16 on a device that cannot train in fp16.
     """
     kind = torch.device(device).type
     if requested == "fp16" and kind not in HAS_FP16:
@@ -32,7 +32,7 @@ def choose_precision(requested: str, device: torch.device | str) -> tuple[str, s
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether this CPU has AVX-512-BF16 or AMX, and oneDNN, PyTorch's CPU library, is not told to leave them alone."""
+    """Whether this CPU has AVX-512-BF16 or AMX, and oneDNN, PyTorch's CPU library, may use them."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
     allowed = limit in ("ALL", "DEFAULT") or limit.startswith(
         ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")

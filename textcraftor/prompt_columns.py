@@ -1,4 +1,4 @@
-"""Which column of a table holds the prompts, what separates the columns, and whether the first line is a header."""
+"""Find the column of a table that holds the prompts, the delimiter, and whether the first line is a header."""
 
 import csv
 import re
@@ -7,8 +7,8 @@ from numbers import Number
 
 from textcraftor.errors import UserError
 
-# Names of caption columns in public data sets, the most telling first. Case, spaces, quotation marks and BOMs at the
-# ends do not matter, and neither does whether words are joined by "_", "-" or spaces.
+# Names of caption columns in public data sets, the best first. Case does not matter, nor do spaces, quotation marks and
+# BOMs at the ends, nor whether words are joined by "_", "-" or spaces.
 NAMES = (
     "prompt", "prompts", "text prompt", "prompt text", "caption", "captions", "text", "texts", "txt", "description",
     "image description", "image caption", "top caption", "blip caption", "en text", "alt text", "sentence", "sentences",
@@ -31,7 +31,7 @@ _NESTED_START = re.compile(r"""\{\s*["'}]|\[\s*(["'{\[\]]|-?\d)""")
 
 
 def kind_of(values) -> str | None:
-    """What a sample of a column's values holds that can be no prompts, such as "URLs"; None if half may be prompts."""
+    """What a sample of a column's values holds that cannot be prompts, such as "URLs"; None if half may be prompts."""
     kinds = [_kind(value) for value in values if value is not None and value != "" and value == value]
     kinds = [kind for kind in kinds if kind != "empty"]
     refused = Counter(kind for kind in kinds if kind)
@@ -53,7 +53,7 @@ def choose_column(path, names: list, samples: list) -> int:
     found = f"found {', '.join(shown)}"
     if named:
         name, kind = names[named[0][1]], kinds[named[0][1]]
-        raise UserError(f"{path}: the column `{_shown(name)}` holds {kind}, no prompts; {found}; expected text there")
+        raise UserError(f"{path}: the column `{_shown(name)}` holds {kind}, not prompts; {found}; expected text there")
     able = [index for index, kind in enumerate(kinds) if not kind and any(samples[index])]
     if len(able) > 1:
         able = [index for index in able if _wordy(samples[index])]

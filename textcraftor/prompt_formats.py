@@ -1,4 +1,4 @@
-"""Reading prompt files of every format, piece by piece, with the numbers of the rows that cannot be read."""
+"""Read prompt files of every supported format in pieces, and list the rows that cannot be read."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from textcraftor.prompt_tables import BOM, SAMPLE, open_utf8, read_table, sift, 
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 LINES = 100_000  # lines of other files that are read at once
-# Files that are not what their name says: how they begin, what they are, what to do.
+# Files that are not what their names say: (how the file begins, what it is and what to do).
 MISTAKEN = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; unpack it, or save the sheet as csv in UTF-8",
     b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
@@ -35,7 +35,7 @@ def open_prompts(path: Path) -> tuple[str | None, Iterator[tuple[list[str], list
     a cell loses its quotation marks only if they enclose it. They hold tabs together only where a line would have too
     many cells, and join lines only if at most one of these has as many cells as the header by itself.
 
-    Raises UserError, also while the pieces are read, if the file cannot be read or holds something else than prompts.
+    Raises UserError, also while iterating over the pieces, if the file cannot be read or does not hold prompts.
     """
     try:
         start = _head(path)
@@ -81,7 +81,7 @@ def _lines(path):
 
 def _check_texts(path, texts):
     if kind := kind_of(texts):
-        raise UserError(f"{path}: holds {kind}, no prompts; expected one prompt per line")
+        raise UserError(f"{path}: holds {kind}, not prompts; expected one prompt per line")
 
 
 def _text(path):
@@ -92,7 +92,7 @@ def _text(path):
 
 
 def _json(path):
-    records = _json_records(path)
+    records = json_records(path)
     first = list(islice(records, SAMPLE))
     tables = [record for _, record in first if isinstance(record, dict)]
     names, column = list(dict.fromkeys(chain.from_iterable(tables))), None
@@ -108,7 +108,7 @@ def _json(path):
     return column, _pieces((number, text(record)) for number, record in chain(first, records))
 
 
-def _json_records(path):
+def json_records(path):
     """Yield (line number, value) of a file with one JSON value per line, or (number, value) of one JSON array; ... as
     the value of what is no JSON."""
     with open_utf8(path) as file:
@@ -133,17 +133,17 @@ def _json_records(path):
 def _parquet(path):
     file = pyarrow.parquet.ParquetFile(path)
     schema = file.schema_arrow
-    kinds = [_arrow_kind(field.type) for field in schema]
+    kinds = [arrow_kind(field.type) for field in schema]
     texts = [name for name, kind in zip(schema.names, kinds, strict=True) if not kind]
     head = next(file.iter_batches(SAMPLE, columns=texts), None) if texts else None
-    sampled = {name: list(_arrow_texts(head[name])) for name in texts} if head else {}
+    sampled = {name: list(arrow_texts(head[name])) for name in texts} if head else {}
     samples = [kind or sampled.get(name, []) for name, kind in zip(schema.names, kinds, strict=True)]
     column = schema.names[choose_column(path, schema.names, samples)]
-    values = chain.from_iterable(map(_arrow_texts, (batch[column] for batch in file.iter_batches(columns=[column]))))
+    values = chain.from_iterable(map(arrow_texts, (batch[column] for batch in file.iter_batches(columns=[column]))))
     return column, _pieces(enumerate(values, 1))
 
 
-def _arrow_kind(kind):
+def arrow_kind(kind):
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -157,7 +157,7 @@ def _arrow_kind(kind):
     return "no text" if pa.types.is_null(kind) else "numbers" if pa.types.is_primitive(kind) else str(kind)
 
 
-def _arrow_texts(values):
+def arrow_texts(values):
     try:
         return ["" if text is None else text for text in values.to_pylist()]
     except UnicodeDecodeError:

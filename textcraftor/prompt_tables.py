@@ -1,4 +1,4 @@
-"""Reading tables of any size with a delimiter between the cells: csv, tsv and the like, damaged rows included."""
+"""Read csv, tsv and similar tables of any size, skipping damaged rows."""
 
 import bz2
 import csv
@@ -19,7 +19,7 @@ import pyarrow.csv
 from textcraftor.prompt_columns import NO_DELIMITER, choose_column, choose_delimiter, is_header, split, unquoted
 
 BLOCK = 2**20  # bytes of a table that are read at once
-THREADS = 4  # for reading blocks
+THREADS = 4  # that read blocks
 SAMPLE = 200  # rows from which column and delimiter are chosen
 LONGEST_LINE = 2**20  # bytes of such a row; a longer line is cut there
 LONGEST = 10_000  # characters; a longer cell is no prompt but rows that a stray quotation mark has joined
@@ -141,8 +141,8 @@ def _rows(data, line, layout):
 
 
 def _clean_rows(data, layout):
-    """Read a column of rows, bytes of a table -> texts, or None if any row is bad or in doubt. Faster than _any_rows,
-    and mostly without Python's lock."""
+    """Read one column of a block of rows -> texts, or None if any row is or may be bad. Faster than _any_rows,
+    and mostly without Python's global lock."""
     separator, width, column = layout
     codes = np.frombuffer(data, np.uint8)
     quotes = np.flatnonzero(codes == ord('"'))
@@ -168,15 +168,15 @@ def _clean_rows(data, layout):
 
 
 def _any_rows(data, line, layout, ended):
-    """Read the rows in `data` one by one. After a bad one, go on at the next line: it may have swallowed others.
+    """Read the rows in `data` one by one. After a bad one, continue on the next line, which it may have swallowed.
 
-    line: number of the line before. Returns (texts of a column, line numbers of bad rows, bytes read); a row that may
-    go on after `data` is left.
+    line: number of the preceding line. Returns (texts of the column, line numbers of bad rows, bytes read); a row
+    that may continue after `data` is left for the next call.
     """
     separator, width, column = layout
     text = data[: data.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
     lines, found, position = list(io.StringIO(text, newline="\n")), [], 0
-    whole = [separator == "\t" and text.count("\t") == width - 1 for text in lines]  # lines that may be rows
+    whole = [separator == "\t" and text.count("\t") == width - 1 for text in lines]  # lines with enough cells
 
     def following():
         nonlocal position

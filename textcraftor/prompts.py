@@ -1,7 +1,7 @@
 """The prompts to train on: read once per node from a csv, tsv, txt, jsonl, json or parquet file, of any size.
 
-`prompt_formats` and `prompt_tables` read the files, `prompt_columns` finds the column; here, prompts become a list or a
-memory-mapped file. Nothing here needs torch.
+`prompt_formats` and `prompt_tables` read the files, `prompt_columns` finds the column. This module turns prompts into a
+list or a memory-mapped file. It does not need torch.
 """
 
 from array import array
@@ -15,6 +15,7 @@ import numpy as np
 
 from textcraftor.downloads import command
 from textcraftor.errors import UserError
+from textcraftor.files import write_whole
 from textcraftor.prompt_formats import SUFFIXES, open_prompts
 from textcraftor.prompt_tables import suffix_of
 
@@ -36,12 +37,12 @@ def check_prompts(path: Path | str) -> None:
 
 
 def read_prompts(path: Path | str) -> tuple[list[str], dict]:
-    """Read the distinct prompts of a file, in its order, with spaces at their ends removed.
+    """Read the distinct prompts of a file in their order, without leading and trailing spaces.
 
     Returns (prompts, report) with report = {"column": name of the column in use, None where the format has no columns,
     "empty": count, "duplicate": count, "bad": line numbers (in parquet and json arrays: row numbers, from 1)}. A row is
     bad if it is cut off, has misplaced quotation marks or too few or too many cells, or if its prompt is not text,
-    holds a NUL or is not valid Unicode. Reading goes on at the line after a bad row.
+    contains a NUL or is not valid Unicode. Reading continues on the line after a bad row.
 
     Raises UserError, in one line, if the file is missing, cannot be read, or holds no prompts.
     """
@@ -57,7 +58,7 @@ def describe(path: Path | str, report: dict) -> str:
 
 
 class PromptFile(Sequence):
-    """Prompts in a memory-mapped file: a sequence of strings that takes no memory of its own.
+    """Prompts in a memory-mapped file: a sequence of strings that occupies no memory of its own.
 
     All processes that open the same file share its pages. Layout: every prompt in UTF-8 followed by a zero byte; where
     each begins, and where the last one ends, as int64; the number of prompts as int64.
@@ -82,7 +83,7 @@ class PromptFile(Sequence):
 
     @classmethod
     def write(cls, path: Path | str, prompts: Iterable[str]) -> "PromptFile":
-        """Write prompts, none with a NUL in it, to `path` as they come, without keeping them, and open that file."""
+        """Stream prompts (without NULs) to `path` without holding them in memory, then open that file."""
         prompts, starts, position = iter(prompts), array("q", [0]), 0
         with open(path, "wb") as file:
             while chunk := [prompt.encode() for prompt in islice(prompts, CHUNK)]:
@@ -97,7 +98,7 @@ class PromptFile(Sequence):
 
 
 def checksum(prompts: Sequence[str]) -> int:
-    """CRC-32 of all prompts in their order, computed a chunk at a time."""
+    """CRC-32 of all prompts in order, computed in chunks."""
     crc = 0
     for start in range(0, len(prompts), CHUNK):
         crc = crc32("\0".join([*prompts[start : start + CHUNK], ""]).encode(), crc)
@@ -107,10 +108,10 @@ def checksum(prompts: Sequence[str]) -> int:
 def read_training_prompts(
     path: Path | str, val_path: Path | str | None, val_count: int, file: Path | str
 ) -> tuple[PromptFile, list[str], dict[str, dict]]:
-    """Read the prompts of `path` into the new file `file`, except those held out to look at the training's progress.
+    """Write the training prompts of `path` to the new file `file` and return the held-out ones.
 
-    Held out are the first `val_count` prompts of `val_path`; without it, those of `path`, at most half of them. None
-    of them is trained on. Returns (training prompts, held-out prompts, {path: report as of read_prompts}).
+    The first `val_count` prompts of `val_path` are held out, or without it the first ones of `path`, at most half of
+    them. Training never uses them. Returns (training prompts, held-out prompts, {path: report as of read_prompts}).
     Raises UserError as read_prompts does, and if no prompts are left for either.
     """
     reports = {str(path): {}}
@@ -159,3 +160,14 @@ def _distinct_prompts(path: Path | str, report: dict) -> Iterator[str]:
             f"{path}: no usable prompts: {report['empty']} rows are empty and {len(report['bad'])} unreadable; "
             "expected UTF-8 text and, in a table, a column `prompt`"
         )
+
+
+def write_bad_rows(reports: dict[str, dict], path: Path) -> None:
+    """Write "FILE: line NUMBER" to `path` for each row that could not be read; no file if there is none.
+
+    reports: {file: report as of read_prompts}.
+    """
+    lines = [f"{file}: line {number}\n" for file, report in reports.items() for number in report["bad"]]
+    if lines:
+        with write_whole(path) as unfinished:
+            unfinished.write_text("".join(lines), encoding="utf-8")

@@ -1,14 +1,13 @@
-"""What a run writes down as it goes: its options, and metrics.csv with one row a step."""
+"""The record of a run: options.json, and metrics.csv with one row per step."""
 
 import csv
 import json
 import math
-import os
 from itertools import islice
 from pathlib import Path
 
 from textcraftor.errors import UserError, first_line
-from textcraftor.files import write_whole
+from textcraftor.files import check_writable, read_json_object, write_whole
 
 OPTIONS_FILE = "options.json"
 
@@ -16,11 +15,7 @@ OPTIONS_FILE = "options.json"
 def check_folder(folder, resume):
     """Raise UserError if `folder` cannot be written to, holds a run that would be overwritten, or none to resume."""
     folder = Path(folder)
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output-path {folder}: {existing} is a file; choose a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output-path {folder}: no permission to write in {existing}; choose another folder")
+    check_writable(folder, "--output-path")
     has_run = (folder / OPTIONS_FILE).is_file()
     if has_run and not resume:
         raise UserError(f"{folder} holds a run: continue it with --resume, or choose another --output-path")
@@ -34,21 +29,15 @@ def check_folder(folder, resume):
 
 def read_options(folder):
     """The options that the run in `folder` recorded, a dict; UserError if the file is damaged."""
-    path = Path(folder) / OPTIONS_FILE
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} cannot be read ({first_line(problem)}); start another run elsewhere") from problem
-    if not isinstance(options, dict):
-        raise UserError(f"{path} holds no options of a run; start another run elsewhere")
-    return options
+    return read_json_object(Path(folder) / OPTIONS_FILE, "start another run elsewhere")
 
 
 class Record:
-    """metrics.csv and its rows. The progress line, the curves and the best score all derive from these rows, so a
-    resumed run has the same.
+    """The rows of metrics.csv. The progress line, the curves and the best score are computed from them, so they are the
+    same in a resumed run.
 
-    A row is a dict of numbers with its "step"; what a step lacks (mostly validation scores) is left out.
+    A row is a dict of numbers, one of them "step"; values that a step does not have, such as validation scores, are
+    left out.
     """
 
     def __init__(self, folder, columns, writes=True):
@@ -64,7 +53,7 @@ class Record:
                 file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
     def resume(self, options, compared, last_step):
-        """Continue a run: forget the rows after `last_step`. Raises UserError if those `compared` of options differ."""
+        """Continue a run: drop rows after `last_step`. Raises UserError if any `compared` option has changed."""
         earlier = read_options(self.folder)
         options = json.loads(json.dumps(options))
         for name in compared:
@@ -73,7 +62,7 @@ class Record:
                 if name == "content":
                     before = earlier.get(name) or {}
                     changed = [what for what, value in options[name].items() if value != before.get(what)]
-                    found = f"had other {', '.join(changed) or 'files'} (compared by content)"
+                    found = f"had different {', '.join(changed) or 'files'} (compared by content)"
                 raise UserError(
                     f"--resume: the run in {self.folder} {found}; repeat its options, or start another run with "
                     "another --output-path"
@@ -113,7 +102,7 @@ class Record:
         return sum(values) / len(values) if values else math.nan
 
     def line(self, names, window):
-        """Means of columns over their last values and the newest validation, short enough for a progress bar."""
+        """Means of columns over the last `window` steps and the newest validation score, for the progress bar."""
         parts = [f"{name} {self.mean(name, window):.4g}" for name in names]
         return " ".join([*parts, f"| held out {self.mean('val_total', 1):.4g}"])
 

@@ -22,8 +22,8 @@ def share_prompts(
 ) -> tuple[PromptFile, list[str], dict[str, dict]]:
     """Read the prompts as read_training_prompts does, in one process per node; the others map the file it writes.
 
-    The file lies in the node's temporary folder (TMPDIR) and is removed as soon as all processes have mapped it. Every
-    process must call this. Raises the same UserError in every process if the prompts cannot be read on one node, or if
+    The file is in the node's temporary folder (TMPDIR) and is deleted once all processes have mapped it. All processes
+    must call this together. Raises the same UserError in every process if the prompts cannot be read on one node, or if
     two nodes read different prompts.
     """
     reads = accelerator.is_local_main_process
@@ -54,18 +54,22 @@ def share_prompts(
 def training_batch(
     prompts: Sequence[str], seed: int, shape: tuple[int, ...], numbers: Sequence[int]
 ) -> tuple[list[str], torch.Tensor]:
-    """Training samples by their numbers (any n >= 0): B prompts and their noise (B, *shape), fp32, on the CPU.
+    """Training samples by number (any n >= 0) -> B prompts and their noise (B, *shape), fp32, on the CPU.
 
-    Every epoch shows each prompt once, in a new random order. Sample n depends on (prompts, seed, n) alone, so batch
-    size, number of processes and resuming never change it.
+    Every epoch visits each prompt once, in a new random order. Sample n depends only on (prompts, seed, n), not on
+    batch size, number of processes or resuming.
     """
-    places = [divmod(n, len(prompts)) for n in numbers]
-    batch = [prompts[int(_order(len(prompts), seed, epoch)[position])] for epoch, position in places]
-    return batch, prompt_noise(seed, numbers, shape)
+    return [prompts[index] for index in shuffled(len(prompts), seed, numbers)], prompt_noise(seed, numbers, shape)
+
+
+def shuffled(count: int, seed: int, numbers: Sequence[int]) -> list[int]:
+    """Which of `count` items the training samples with these numbers show: all of them once an epoch, shuffled."""
+    places = [divmod(n, count) for n in numbers]
+    return [int(_order(count, seed, epoch)[position]) for epoch, position in places]
 
 
 def batch_numbers(micro_batch: int, batch_size: int, process: int, processes: int) -> range:
-    """Numbers of the samples that `process` takes in a micro-batch, counted from 0 over the whole training.
+    """Numbers of the samples that `process` takes in a micro-batch; micro-batches count from 0 over the whole run.
 
     With gradient accumulation over A micro-batches, step s (counted from 1) has the micro-batches (s - 1) * A + 0 ...
     A - 1. Together the processes take the samples that one process would take with batch_size * processes.

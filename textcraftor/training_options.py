@@ -1,7 +1,8 @@
-"""The training script's options. Nothing here imports torch: --help and mistakes are answered at once."""
+"""The training script's options. Nothing here imports torch, so --help and errors appear at once."""
 
 import importlib.util
 import json
+import secrets
 from pathlib import Path
 
 from rewards import REWARDS
@@ -12,18 +13,26 @@ from textcraftor.run_folder import check_folder
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # fmt: off
-OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same in a name.
+OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or `-`.
     ("--model",            "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`"),
     ("--weights",          str(REPOSITORY),           "folder that holds hpsv2/, pickscore/ and aesthetic/"),
-    ("--text_path",        "",                        "tuned text encoder to start from (with --lr_text 0: to keep)"),
+    ("--text_path",        "",                        "tuned text encoder to start from (frozen with --lr_text 0)"),
     ("--prompts",          "openprompts.csv",         "training prompts: a csv, tsv, txt, jsonl or parquet file"),
+    ("--method",           ("prompts", "direct"),     "direct = one prediction from noised --images (3.2.1)"),
+    ("--images",           "",                        "--method direct: pictures with captions, a folder"),
     ("--val_prompts",      "",                        "held-out prompts (default: the first of --prompts)"),
     ("--val_count",        16,                        "number of held-out prompts"),
     ("--output-path",      "output",                  "folder for weights, metrics, pictures and training state"),
     # Rewards.
     *((f"--{name}", weight, comment) for name, (weight, comment) in REWARDS.items()),
     ("--reward",           [],                        "your own reward: path/to/file.py:function=weight (repeatable)"),
-    ("--monitor",          [],                        "scores to watch, never trained on: names or file.py:function"),
+    ("--monitor",          [],                        "rewards to report but not train on: names or file.py:function"),
+    # Against gaming the rewards; all off by default.
+    ("--clip_constraint",  0.0,                       "eq. 8: weight of 100 cos(image, T(p)), T in training"),
+    ("--anchor",           0.0,                       "penalty on 1 - cos(tuned, original embedding); try 0.1"),
+    ("--shared_text",      1.0,                       "weight of what all prompts share in rewards; try 0.3"),
+    ("--smooth",           0.0,                       "score images moved so far against its gradient; try 0.01"),
+    ("--ema",              0.0,                       "decay of averaged weights, which are validated; try 0.995"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
@@ -31,10 +40,14 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "schedule after warm-up"),
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
-    ("--step",             25,                        "T, number of DDIM steps"),
-    ("--grad_steps",       5,                         "K, last steps, with the tuned text encoder and gradient"),
+    ("--step",             25,                        "T, number of DDIM sampling steps"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "through: last K steps; K of --driven; 1 of --driven"),
+    ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn for each update"),
+    ("--driven",           15,                        "drtune, refl: last steps with tuned embeddings"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
+    ("--t_min",            0,                         "--method direct: least noise, as a time step"),
+    ("--t_max",            999,                       "--method direct: most noise, as a time step"),
     # Batches and duration.
     ("--batch-size",       4,                         "prompts per micro-batch on each GPU"),
     ("--gradient_accumulation_steps", 1,              "micro-batches per optimizer step"),
@@ -43,13 +56,13 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
     ("--sample_every",     100,                       "steps between sample pictures; 0 = none"),
     ("--val_every",        100,                       "steps between validations; 0 = first and last only"),
     ("--save_every",       250,                       "steps between checkpoints; 0 = at the end only"),
-    ("--keep_checkpoints", 3,                         "newest checkpoints to keep, beside the best; 0 = all"),
+    ("--keep_checkpoints", 3,                         "number of newest checkpoints to keep, plus the best; 0 = all"),
     ("--resume",           False,                     "continue the run in --output-path"),
-    ("--seed",             0,                         "seed of the prompts' order and the noise"),
+    ("--seed",             0,                         "random seed of prompt order and noise"),
     # Speed and memory.
-    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 where it is fast, else fp32"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 where it is fast, else fp32 (no)"),
     ("--gradient_checkpointing", ("full", "none"),    "none = 12 % less compute, much more memory"),
-    ("--vae_checkpointing", False,                    "recompute the VAE image by image, to save memory"),
+    ("--vae_checkpointing", False,                    "recompute the VAE one image at a time, to save memory"),
     ("--compile",          False,                     "torch.compile the UNet's transformer blocks"),
     # Tracking.
     ("--report_to",        ("", "tensorboard", "wandb"), "tracker for scores and sample pictures"),
@@ -57,19 +70,19 @@ OPTIONS = (  # The defaults are the released script's; `_` and `-` are the same 
 )
 # fmt: on
 
-# What may change when a run is resumed. Files are compared by content (run_folder.Record.resume), not by path.
+# Options that may change on --resume. Files are compared by content (run_folder.Record.resume), not by path.
 FREE_ON_RESUME = {
-    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "reward", "monitor",
+    "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "images", "reward", "monitor",
     "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "sample_every", "val_every", "save_every",
     "keep_checkpoints", "gradient_checkpointing", "vae_checkpointing", "compile", "report_to", "project_name",
 }  # fmt: skip
 
 
 def parse_options(argv=None):
-    """Command line -> options, with `weighted` {reward: weight} and `monitored` [reward] among them, all checked.
+    """Parse and check the command line -> options, including `weighted` {reward: weight} and `monitored` [reward].
 
-    `--model miniature` brings the miniature's own defaults; flags that are given win. Raises UserError, one line, for
-    options that make no sense.
+    `--model miniature` sets the miniature's own defaults; explicit flags override them. Raises UserError (one line) for
+    invalid options.
     """
     parser = make_parser(
         "TextCraftor: fine-tune the text encoder of Stable Diffusion with differentiable rewards.", OPTIONS
@@ -90,22 +103,63 @@ def parse_options(argv=None):
     return args
 
 
+def read_range(name, text):
+    """ "5" -> (5, 5), "1-5" -> (1, 5); UserError for anything else."""
+    low, _, high = text.partition("-")
+    try:
+        low, high = int(low), int(high or low)
+    except ValueError:
+        low = 0
+    if not 1 <= low <= high:
+        raise UserError(f"--{name} {text}: expected a number of at least 1, or a range such as 1-5")
+    return low, high
+
+
 def check_options(args):
-    """Raise UserError, one line, for options that make no sense together or cannot work."""
+    """Raise UserError (one line) for options that are invalid or contradict each other."""
     require(args, {
-        "step grad_steps batch_size gradient_accumulation_steps val_count": 1,
+        "step driven batch_size gradient_accumulation_steps val_count": 1,
         "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
-        "guidance prompt_weighting sample_every val_every save_every": 0,
+        "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
-    if not args.grad_steps <= args.step <= 1000:
+    if args.ema >= 1:
+        raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
+    if args.anchor and not args.lr_text:
         raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: expected grad_steps <= step <= 1000, since the steps "
-            "with gradient are the last of all steps"
+            f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so nothing can drift; leave one out"
+        )
+    if not 0 <= args.t_min <= args.t_max <= 999:
+        raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
+    if (args.method == "direct") != bool(args.images):
+        raise UserError("--method direct and --images FOLDER belong together: give both, or neither")
+    args.grad_range = read_range("grad_steps", str(args.grad_steps))
+    if args.gradient == "refl" and args.grad_range != (1, 1):
+        raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
+    name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)
+    if not args.grad_range[1] <= among <= args.step <= 1000:
+        driven = "" if name == "step" else f" --driven {args.driven}"
+        raise UserError(
+            f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
+            f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
     if args.epochs == args.max_steps == 0:
-        raise UserError("--epochs 0 --max_steps 0: training would never end; give one of them a limit")
+        raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
     if args.lr_text == args.lr_unet == 0:
-        raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; give one a learning rate, such as 1e-6")
+        raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; set one to a learning rate such as 1e-6")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     check_folder(args.output_path, args.resume)
+
+
+def recorded_options(args, global_batch, last_step, content):
+    """Options to record in options.json -> (options, names of those that must not change on --resume).
+
+    global_batch: images per step; content: see hashes.run_content. "tracker run" is a new id for the tracker's run.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in ("weighted", "monitored", "grad_range")}
+    options["reward weights"] = {spec.rpartition(":")[2]: weight for spec, weight in args.weighted.items()}
+    options |= {"images per step": global_batch, "content": content}
+    if args.lr_scheduler != "constant_with_warmup":
+        options["last step"] = last_step  # the learning rate of every step depends on it
+    compared = [name for name in options if name not in FREE_ON_RESUME]
+    return options | {"tracker run": secrets.token_hex(4)}, compared

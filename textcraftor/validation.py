@@ -4,9 +4,51 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
+from textcraftor.checkpoints import has_room, save_weights
 from textcraftor.files import write_whole
-from textcraftor.options import TEST_SEED
+from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
+from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
+from textcraftor.pictures import save as save_picture
 from textcraftor.sampling import prompt_noise
+from textcraftor.statistics import paired_table
+from textcraftor.trackers import log_picture
+
+PICTURES = 8  # held-out prompts in a grid of pictures
+
+
+def look(run, step, count, check_stop):
+    """Sample the first `count` held-out prompts as at test time and draw some -> (scores, images), see validate.
+
+    run: the training script's Run. With all held-out prompts this is a validation: the scores join the last row of
+    metrics.csv, and the best weights are kept.
+    """
+
+    def sample(prompts, indices):
+        noise = validation_noise(indices, run.shape)
+        return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
+
+    held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
+    with run.averaged():
+        scores, images = validate(
+            run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
+        )
+    if count == len(run.data.held_out) and "val_total" not in run.record.rows[-1]:
+        means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
+        if means["val_total"] > run.record.best("val_total"):
+            if has_room(run.accelerator, run.output, run.trained):
+                with run.averaged():
+                    save_weights(run.accelerator, run.trained, run.output, "_best")
+            else:
+                run.say(f"step {step}: the best weights so far, NOT SAVED: the disk of {run.output} is full")
+        if is_main and step == 0:
+            save_look(scores, images, run.output / "resume" / "before.safetensors")
+        run.record.amend(means)
+        run.say(f"step {step}, held out: " + ", ".join(f"{name} {s.mean():.4g}" for name, s in scores.items()))
+    if is_main and run.args.sample_every:
+        picture = sample_grid(images, held_out, scores, step)
+        save_picture(picture, run.output / "samples" / f"step_{step:06d}.png")
+        log_picture(run.accelerator, "held-out prompts", picture, step)
+    return scores, images
 
 
 @torch.no_grad()
@@ -14,7 +56,7 @@ def validate(accelerator, make, rewards, monitors, prompts, batch_size, keep, be
     """Score the images of held-out prompts, each from its own fixed noise.
 
     make: (prompts, indices) -> images (B, 3, H, W) in [0, 1]; rewards: a RewardSum; monitors: rewards to score only.
-    The processes share the batches, and each makes equally many, for networks that are split among processes.
+    The processes share the batches and each runs the same number of them, as networks split among processes require.
     between() is called before each batch and may raise. Returns ({name: (N,) float64 scores, unscaled; "total": their
     weighted sum}, the first `keep` images, uint8 on the CPU).
     """
@@ -42,14 +84,30 @@ def validation_noise(indices, shape):
 
 
 def save_look(scores, images, path):
-    """Keep what validate returned."""
+    """Save the result of validate."""
     with write_whole(path) as unfinished:
         tensors = {"images": images.contiguous(), **{f"score {name}": score for name, score in scores.items()}}
         save_file(tensors, unfinished)
 
 
 def load_look(path):
-    """What save_look kept: (scores, images)."""
+    """Load what save_look saved -> (scores, images)."""
     tensors = load_file(path)
     images = tensors.pop("images")
     return {name.removeprefix("score "): score for name, score in tensors.items()}, images
+
+
+def show_results(run, last_step, after):
+    """Draw before and after and the curves, and print what the run changed and where its files are."""
+    before = load_look(run.output / "resume" / "before.safetensors")
+    save_look(*after, run.output / "resume" / "after.safetensors")  # a model card gives intervals
+    before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
+    monitor_names = [monitor.name for monitor in run.monitors]
+    reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")
+    print(paired_table(before[0], after[0]))
+    skipped, cut = (sum(row.get(name, 0) for row in run.record.rows) for name in ("skipped", "cut"))
+    print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut to the length that the text encoder reads")
+    weights = [f"{part.name}.safetensors" for part in run.trained]
+    weights += [f"{part.name}_ema.safetensors" for part in run.trained if run.ema]
+    for name in (*weights, "before_after.png", "curves.png", "metrics.csv"):
+        print(run.output / name)

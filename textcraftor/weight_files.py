@@ -1,4 +1,4 @@
-"""The text encoder and the UNet on disk: find their files, read them under any common names, write them.
+"""Find, read and write the files of text encoders and UNets, whatever common names their weights have.
 
 Files are written under the names that transformers 4 and 5, diffusers and ComfyUI know. States of a run should use
 public_state and load_public_state: the names in CLIPTextModel.state_dict() differ among versions of transformers.
@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 from textcraftor.errors import UserError, first_line
 from textcraftor.weights import (
     State,
+    check_finite,
     check_model_family,
     find_networks,
     load_strictly,
@@ -57,7 +58,7 @@ def public_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_public_state(network: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Load what public_state returned, under this or another version of transformers, strictly and in place.
+    """Load a state dict from public_state strictly and in place, whichever version of transformers it came from.
 
     path: where it was read, for messages. Raises UserError if it does not fit or holds NaN or infinity.
     """
@@ -85,6 +86,16 @@ def load_text_encoder(text_encoder: CLIPTextModel, path: Path | str) -> None:
     a text encoder alone. Raises UserError if there is no text encoder, it does not fit, or it holds NaN or infinity.
     """
     fill_text_encoder(text_encoder, text_encoder_state(_read_tuned(path, "text_encoder"), path), path)
+
+
+def read_text_encoder(path: Path | str) -> dict[str, torch.Tensor]:
+    """The text encoder in `path`, anything that load_text_encoder takes, as a state dict under its public names.
+
+    Raises UserError if there is no text encoder or it holds NaN or infinity.
+    """
+    state = text_encoder_state(_read_tuned(path, "text_encoder"), path)
+    check_finite(state, path)
+    return public_state(state)
 
 
 def fill_text_encoder(text_encoder: CLIPTextModel, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -130,7 +141,7 @@ def text_encoder_state(states: list[State], path: Path | str) -> dict[str, torch
     """The CLIP text encoder in a file, names without any prefix: embeddings.…, encoder.…, final_layer_norm.…
 
     Leaves out whatever else lies beside it, such as CLIP's projections, logit scale and image encoder, and the constant
-    position_ids. Raises UserError if there is no text encoder or it is of another model.
+    position_ids. Raises UserError if there is no text encoder, or only one of another kind of model.
     """
     wanted = "CLIP text encoder"
     check_model_family(states, path, wanted)
@@ -230,9 +241,11 @@ def read_folder(folder: Path, meta: bool = False) -> list[State]:
     names = sorted(path.name for path in folder.iterdir())
     files = choose_files(names)
     if not files:
-        config = "only a configuration" if "config.json" in names else f"only {', '.join(names[:4]) or 'nothing'}"
+        found = (
+            ", only a configuration" if "config.json" in names else f", only {', '.join(names[:4])}" if names else ""
+        )
         raise UserError(
-            f"{folder}: no weights in it, {config}; expected model.safetensors, diffusion_pytorch_model.safetensors or "
+            f"{folder}: no weights in it{found}; expected model.safetensors, diffusion_pytorch_model.safetensors or "
             "the like (or name the weight file itself)"
         )
     shards = int(WEIGHT_FILE.fullmatch(files[0])["shards"] or 1)

@@ -1,9 +1,10 @@
-"""Read weight files and load them strictly: every weight fits, or the user learns which one does not."""
+"""Read weight files and load them strictly: either every weight fits, or the error names the one that does not."""
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import safetensors.torch
@@ -19,7 +20,7 @@ from textcraftor.unpickle import read_pickle
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 # fmt: off
-# What a file with these names looks like: (a name in it that matches, what it is). The first match counts.
+# What a file looks like, by the names in it: (pattern, what the file is). The first match counts.
 OTHER_MODELS = (
     (r"lora_|\.lora\.|_lora\.|hada_w|lokr_w",               "a LoRA; merge it into its model and save that"),
     (r"^string_to_param|^emb_params$|^clip_[lg]$",          "a textual-inversion embedding"),
@@ -78,7 +79,7 @@ def read_states(path: Path | str, meta: bool = False) -> list[State]:
         else:
             content = _read_torch(path, meta)
     except Exception as error:  # pickle, zipfile, torch and safetensors each raise their own kinds for damaged files
-        # Not the library's own words: torch's advise to switch its safe loading off.
+        # torch's own message would advise switching safe loading off, so it is not shown.
         raise UserError(f"{path}: {_explain(path, start, error)}") from error
     states = list(_find_states(content, ()))
     if not states:
@@ -104,14 +105,14 @@ def _read_torch(path, meta):
 def _explain(path, start, error):
     """What is wrong with a file that could not be read."""
     if start.startswith(b"version "):
-        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` where it came from"
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
     if start.lstrip().startswith(b"<"):
         return "is a web page, not weights; fetch it again"
     if not start:
         return "is empty; fetch it again"
     if start[8:] == b"{" or start.startswith((b"PK", b"\x80")):
         return f"is damaged or incomplete ({type(error).__name__}); fetch it again"
-    return "is no weight file; expected safetensors, or a .ckpt, .pt, .pth or .bin written by PyTorch"
+    return "is not a weight file; expected safetensors, or a .ckpt, .pt, .pth or .bin written by PyTorch"
 
 
 def _find_states(content, keys) -> Iterator[State]:
@@ -148,7 +149,9 @@ def pick_network(found: dict[str, dict], states: list[State], path: Path | str, 
     (first, state), *others = found.items()
     for place, other in others:
         if state.keys() != other.keys() or not all(_equal(state[name], other[name]) for name in state):
-            raise UserError(f"{path}: more than one {wanted} in it ({first}, {place}); save the one you want alone")
+            raise UserError(
+                f"{path}: more than one {wanted} in it ({first}, {place}); save the one you want in a file of its own"
+            )
     return state
 
 
@@ -157,7 +160,7 @@ def _equal(tensor, other):
 
 
 def find_networks(states: list[State], anchors: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """Where in the file, such as "state_dict.text_encoder" -> state dict, for each network that has the anchors."""
+    """{place in the file, such as "state_dict.text_encoder": state dict} of each network that has all the anchors."""
     found = {}
     for keys, tensors in states:
         tensors = {without_wrappers(name): value for name, value in tensors.items()}
@@ -171,7 +174,7 @@ def find_networks(states: list[State], anchors: tuple[str, ...]) -> dict[str, di
 
 
 def describe(states: list[State]) -> str:
-    """What a file looks like by the names of its weights."""
+    """What kind of file this looks like, judging by the names of its weights."""
     return (
         _first_kind(states, OTHER_MODELS + PARTS) or f"weights of another kind, such as {next(iter(states[0].tensors))}"
     )
@@ -235,11 +238,14 @@ def check_finite(state: dict[str, torch.Tensor], path: Path | str) -> None:
                 raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint or another file")
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path | str) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write tensors as safetensors, whole or not at all. Raises UserError if the disk refuses."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = {"format": "pt", **metadata}  # transformers 4 needs the format
     with write_whole(path) as unfinished:
         try:
-            safetensors.torch.save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers 4 needs it
-        except safetensors.SafetensorError as problem:  # its word for a full disk
+            safetensors.torch.save_file(tensors, unfinished, metadata=metadata)
+        except safetensors.SafetensorError as problem:  # raised when the disk is full
             raise UserError(f"{path}: cannot be written ({first_line(problem)})") from problem

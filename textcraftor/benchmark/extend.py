@@ -1,4 +1,4 @@
-"""The prompt engineering baseline: a causal language model goes on with each prompt before images are made of it."""
+"""The prompt engineering baseline: a causal language model continues each prompt before its image is generated."""
 
 from pathlib import Path
 from threading import Lock
@@ -10,16 +10,16 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.sampling import index_seed
 
 NEW_TOKENS = 50
-_drawing = Lock()  # from the global random generator: one thread at a time
+_sampling = Lock()  # it uses the global random generator: one thread at a time
 
 
 def load_extender(model, device):
-    """(tokenizer, language model) of a folder or hub id; UserError if there is none."""
+    """(tokenizer, language model) from a folder or hub id; UserError if there is none."""
     where = {"local_files_only": Path(model).is_dir()}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **where)
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **where)
-    except Exception as problem:  # of the hub's client, safetensors, json, and configurations
+    except Exception as problem:  # transformers, huggingface_hub, safetensors and json raise their own kinds
         raise UserError(
             f"--prompt_eng {model}: cannot be loaded ({first_line(problem)}); expected a folder or hub id of a causal "
             "language model"
@@ -29,13 +29,13 @@ def load_extender(model, device):
 
 @torch.no_grad()
 def extend_prompt(tokenizer, model, prompt, seed, index):
-    """The prompt, a comma, and what the model says next, sampled (top 50) with a seed of (seed, index); one line.
+    """The prompt, a comma and the model's continuation (top-50 sampling, seeded by (seed, index)), as one line.
 
-    One prompt at a time: the model's random numbers, and in their last bits its logits, depend on the whole batch.
+    Takes one prompt, not a batch: in a batch, random numbers and the logits' last bits depend on the other prompts.
     """
     room = model.config.max_position_embeddings - NEW_TOKENS
     tokens = tokenizer(f"{prompt},", return_tensors="pt", truncation=True, max_length=room).to(model.device)
-    with _drawing, torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with _sampling, torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(index_seed(seed, index))
         output = model.generate(
             tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=50,

@@ -1,4 +1,4 @@
-"""What a benchmark run writes: settings.json, scores.csv, summary.json and results.md."""
+"""The files of a benchmark run: settings.json, scores.csv, summary.json and results.md."""
 
 import csv
 import io
@@ -10,104 +10,155 @@ from pathlib import Path
 import numpy as np
 
 from textcraftor.errors import UserError, first_line
+from textcraftor.files import check_writable, read_json_object, write_whole
 
-GROUPS = 10  # of a style, whose means' deviation is reported
-SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # how the names of the settings begin that make no image another
+GROUPS = 10  # per style; the standard deviation of their means is reported
+SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # settings that begin like this change scores, but no image
+SETTINGS, SCORES, SUMMARY, RESULTS = FILES = ("settings.json", "scores.csv", "summary.json", "results.md")
+ELSEWHERE = "choose another --output_path"
 
 
 class Table:
-    """scores.csv: one row an image, of what is known of it and its scores; empty scores where it has none."""
+    """scores.csv: one row per image with what is known of it and its scores, left empty if it has none."""
 
     def __init__(self, path, about, scores):
+        """about: columns before the scores; scores: columns of scores."""
         self.path, self.about, self.scores = path, about, scores
 
     def read(self, rows):
-        """{index: row} of those of `rows` that the file has complete with scores, as they stand there.
+        """{index: row} of those of `rows` that the file has with all their scores.
 
-        Nothing else counts: half a last row, and rows of files that could not be scored.
+        Left out are cut or edited rows that no longer match, and images that could not be scored. Raises UserError if
+        the file as a whole cannot be read as such a table.
         """
         if not self.path.is_file():
             return {}
-        with open(self.path, encoding="utf-8", newline="") as file:
-            text = file.read()
-        known = {row["index"]: row for row in rows}
-        done = {}
-        for cells in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")):
-            row = known.get(int(cells["index"])) if (cells["index"] or "").isdigit() else None
-            if not row or cells["prompt"] != row["prompt"] or not all(cells[name] for name in self.scores):
-                continue
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
+                text = file.read()
+            text = text[: text.rfind("\n") + 1]  # an interrupted run may leave half a last row
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            found, header = list(reader), reader.fieldnames
+        except (OSError, ValueError, csv.Error) as problem:
+            raise UserError(f"{self.path}: cannot be read ({first_line(problem)}); {self._remedy()}") from problem
+        if text and header != [*self.about, *self.scores]:
+            raise UserError(
+                f"{self.path}, line 1: found {','.join(header)[:80]!r}, expected the columns "
+                f"{','.join([*self.about, *self.scores])}; {self._remedy()}"
+            )
+        known = {str(row["index"]): row for row in rows}
+        complete = (self._complete(cells, known.get(cells["index"])) for cells in found)
+        return {row["index"]: row for row in complete if row}
+
+    def _complete(self, cells, expected):
+        """The row in `cells`, or None unless it has all scores and the content that is expected of it."""
+        if expected is None or None in cells or None in cells.values() or "" in cells.values():
+            return None
+        if any(cells[name] != str(value) for name, value in expected.items()):
+            return None
+        try:
             scores = {name: float(cells[name]) for name in self.scores}
-            if all(map(math.isfinite, scores.values())):
-                done[row["index"]] = {name: cells[name] for name in self.about} | {"index": row["index"]} | scores
-        return done
+        except ValueError:
+            return None
+        if not all(map(math.isfinite, scores.values())):
+            return None
+        return {name: cells[name] for name in self.about} | {"index": expected["index"]} | scores
+
+    def _remedy(self):
+        return "restore it, or remove it to generate and score all images again"
 
     def add(self, rows):
-        """Append rows."""
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            self._write(file, rows)
+        """Append rows, all of them or none."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                self._write(file, rows)
+        except OSError as problem:
+            os.truncate(self.path, size)
+            raise UserError(f"{self.path}: cannot be written ({problem.strerror})") from problem
 
     def write(self, rows):
         """Replace the file by the header and these rows."""
-        unfinished = self.path.with_name(f"{self.path.name}.tmp")
-        with open(unfinished, "w", encoding="utf-8", newline="") as file:
+        with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerow([*self.about, *self.scores])
             self._write(file, rows)
-        os.replace(unfinished, self.path)
 
     def _write(self, file, rows):
-        # Lines end as csv ends them: with a bare "\n" it leaves "\r" in a prompt unquoted, before Python 3.13.
+        # csv's own line ends: with a bare "\n", it leaves a "\r" in a prompt unquoted before Python 3.13.
         for row in rows:
             scores = [f"{row[name]:.7g}" if name in row else "" for name in self.scores]
             csv.writer(file).writerow([*(row[name] for name in self.about), *scores])
 
 
-def check_settings(folder, settings, rows):
-    """Raise UserError if the run in `folder` has other settings, or it has images of `rows` and no run."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        for row in rows:
-            if (folder / row["file"]).exists():
+def check_output(folder, rows):
+    """Raise UserError unless the files of a run, with images for `rows`, can be written in `folder`."""
+    for place in dict.fromkeys([folder, *(Path(folder, row["file"]).parent for row in rows)]):
+        check_writable(place, "--output_path")
+    for name in FILES:
+        path = Path(folder, name)
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"--output_path {folder}: {path} is not a file; remove it, or {ELSEWHERE}")
+
+
+def check_settings(folder, settings, rows, complete=True):
+    """Raise UserError if the run in `folder` has other settings, or if there is none but its files would be replaced.
+
+    rows: those whose images would be written. complete=False: `settings` are those known before models are loaded;
+    others are not compared.
+    """
+    if not Path(folder, SETTINGS).is_file():
+        for name in (SCORES, *(row["file"] for row in rows)):
+            if Path(folder, name).exists():
                 raise UserError(
-                    f"{folder} holds {row['file']}, of no run that is known; choose another --output_path, "
-                    f"or score what is there by --score_only {folder}"
+                    f"{folder} holds {name}, but no settings.json of the run that made it; {ELSEWHERE}, or score its "
+                    f"images with --score_only {folder} --output_path …"
                 )
         return
     earlier = read_settings(folder)
-    differing = [name for name in dict.fromkeys([*settings, *earlier]) if settings.get(name) != earlier.get(name)]
+    names = dict.fromkeys([*settings, *(earlier if complete else ())])
+    differing = [name for name in names if settings.get(name) != earlier.get(name)]
     if differing:
+        name = differing[0]
         same_images = all(name.startswith(SCORING) for name in differing)
-        score = f", or score its images anew by --score_only {folder} --output_path …" if same_images else ""
+        score = f", or score its images again with --score_only {folder} --output_path …" if same_images else ""
         raise UserError(
-            f"{folder} holds a run with {differing[0]} = {earlier.get(differing[0])}, not "
-            f"{settings.get(differing[0])}; repeat its settings, or choose another --output_path{score}"
+            f"{folder} holds a run with {name} = {earlier.get(name)}, not {settings.get(name)}; repeat its settings, "
+            f"or {ELSEWHERE}{score}"
         )
 
 
 def read_settings(folder):
     """The settings that the run in `folder` recorded, a dict; UserError if the file is damaged."""
-    path = Path(folder) / "settings.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} cannot be read ({first_line(problem)}); choose another --output_path") from problem
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings of a run; choose another --output_path")
+    path = Path(folder, SETTINGS)
+    settings = read_json_object(path, ELSEWHERE)
+    if "benchmark" not in settings:
+        raise UserError(f"{path}: holds no settings of a run; {ELSEWHERE}")
     return settings
 
 
+def write_json(path, content):
+    """Write a JSON file, whole or not at all. A path that is not UTF-8 becomes escapes."""
+    with write_whole(path) as unfinished:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_results(folder, summary):
-    """Write summary.json, add the run to results.md, and say what came out on the screen."""
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    add_result(folder / "results.md", summary)
+    """Write summary.json, append the run to results.md, and print the results."""
+    write_json(folder / SUMMARY, summary)
+    add_result(folder / RESULTS, summary)
     for file, why in summary["images"]["unreadable"].items():
         print(f"{file}: {why}")
     print(describe(summary))
-    for name in ("scores.csv", "summary.json", "results.md"):
+    for name in (SCORES, SUMMARY, RESULTS):
         print(folder / name)
 
 
 def add_result(path, summary):
-    """Add a run's line to the table of results, unless it stands there already."""
+    """Append a run's line to the table in results.md, unless it is there already.
+
+    The file is handled as bytes: users edit it, and whatever they wrote is kept.
+    """
     settings, scores = summary["settings"], summary["scores"]
     cells = {"benchmark": summary["benchmark"], "images": "{scored} of {of}".format(**summary["images"])}
     cells |= {name: f"{score['mean']:.5g} ± {score['std']:.3g}" for name, score in scores.items()}
@@ -120,27 +171,34 @@ def add_result(path, summary):
     told = {name: value for name, value in told.items() if value}
     cells |= {"settings": ", ".join(f"{name} {value}" for name, value in told.items()), "sha256": ", ".join(hashes)}
     cells |= {"versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items())}
-    line = "| " + " | ".join(cells.values()) + " |\n"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if not text:
-        text = "| " + " | ".join(cells) + " |\n" + "| --- " * len(cells) + "|\n"
-    if line not in text:
-        write_whole(path, text + line)
+    line = _table_line(cells.values())
+    content = path.read_bytes() if path.is_file() else b""
+    content += b"\n" * (content[-1:] not in (b"", b"\n"))
+    content = content or _table_line(cells) + b"| --- " * len(cells) + b"|\n"
+    if line not in content:
+        with write_whole(path) as unfinished:
+            unfinished.write_bytes(content + line)
+
+
+def _table_line(cells):
+    return f"| {' | '.join(cells)} |\n".encode(errors="backslashreplace")
 
 
 def describe(summary):
-    """A summary as a table for the screen."""
+    """The summary of a run as a text table."""
     images, scores = summary["images"], summary["scores"]
     lines = [f"{summary['benchmark']}, {images['scored']} of {images['of']} images scored"]
     if images["prompts_cut"]:
-        lines.append(f"{images['prompts_cut']} prompts are longer than the text encoder reads, and were cut")
+        lines.append(f"{images['prompts_cut']} prompts were cut: they have more tokens than the text encoder reads")
     if "score_prompt" in summary["settings"]:
         lines.append(f"scored with the {summary['settings']['score_prompt']} prompts")
     rows = {"all": {"count": images["scored"], **{name: score["mean"] for name, score in scores.items()}}}
     rows |= summary["category"] | summary.get("challenge", {})
-    lines.append("".join([" " * 26, *(f"{name:>11}" for name in ("images", *scores))]))
+    widths = {name: max(11, len(name) + 2) for name in scores}
+    lines.append(f"{'':<26}{'images':>11}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for label, row in rows.items():
-        lines.append("".join([f"{label:<26}{row['count']:>11}", *(f"{row[name]:>11.4f}" for name in scores)]))
+        cells = "".join(f"{row[name]:>{width}.4f}" for name, width in widths.items())
+        lines.append(f"{label:<26}{row['count']:>11}{cells}")
     for name, style in summary.get("styles", {}).items():
         lines.append(f"100 × {name:<20}{style['mean']:>11.2f} ± {style['std']:.4f}")
     if summary.get("average") is not None:
@@ -148,15 +206,8 @@ def describe(summary):
     return "\n".join(lines)
 
 
-def write_whole(path, text):
-    """Write a text file beside its place, then rename it: nobody ever sees half of it."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def summarize(rows, columns, groups):
-    """Means of the score columns over all rows that have them, and by each column of `groups`.
+    """Means of the score columns over all scored rows, and within each group; groups: columns to group by.
 
     Returns {"images": {"scored", "of", "unreadable": {file: why}}, "scores": {column: {"mean", "std"}},
     group: {value: {"count", column: mean}}}.
@@ -177,10 +228,10 @@ def summarize(rows, columns, groups):
 
 
 def style_scores(rows, column, sizes):
-    """100 × HPSv2 a style, as its own program reports it -> ({style: {"mean", "std", "count"}}, mean of all images).
+    """100 × HPS v2 of each style, as its own program reports it -> ({style: {"mean", "std", "count"}}, overall mean).
 
-    std: of the means of ten groups of images next to each other, by their place in the list of their style; sizes:
-    {style: prompts in the whole list}, so that with a part of 800 images the groups still are of 80.
+    std is the standard deviation of the means of ten groups of consecutive images. sizes: {style: number of prompts in
+    its whole list}, so that a run with --limit has the same groups (of 80 for a list of 800), but fewer.
     """
     report, every = {}, []
     for style, size in sizes.items():

@@ -1,6 +1,7 @@
-"""Scores of images, from the decoder or from files."""
+"""Scores of images, from the decoder's output or from files."""
 
 import math
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -14,48 +15,67 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.image_files import upright_rgb
 from textcraftor.options import check_all
 
-_reading_prompts = Lock()  # tokenizers keep settings of the call at work: one thread at a time
+_tokenizing = Lock()  # a tokenizer stores the settings of the current call: one thread at a time
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def load_scorers(names, root, device, hps_version, from_files=False):
-    """{column: reward} of the rewards `names`, fp32. HPSv2's column names its version and what it saw.
+def score_columns(names, hps_version, from_files):
+    """The columns of scores.csv for the rewards `names`. HPS v2's column names its version and what it scored.
 
-    hps_v2.0 is HPSv2 of the decoder's output, pooled as in training (PartiPrompts); hps_v2.0_jpeg, with from_files, is
-    HPSv2 of the saved file, resized bicubically as the authors' program does (the HPSv2 benchmark).
+    hps_v2.0 is the score of the decoder's output, pooled as in training (PartiPrompts); hps_v2.0_jpeg, from_files, is
+    the score of the saved file, resized bicubically as in the authors' program (HPSv2 benchmark).
     """
-    scorers = {}
-    for name in names:
-        if name == "hpsv2":
-            column = f"hps_v{hps_version}" + ("_jpeg" if from_files else "")
-            scorers[column] = hpsv2.load(Path(root), device, torch.float32, hps_version)
-        else:
-            scorers[name] = load_reward(name, root, device)
-    return scorers
+    return [f"hps_v{hps_version}" + "_jpeg" * from_files if name == "hpsv2" else name for name in names]
+
+
+def load_scorers(names, root, device, hps_version, from_files=False):
+    """{column, see score_columns: reward} of the rewards `names`, in fp32."""
+    return {
+        column: hpsv2.load(Path(root), device, torch.float32, hps_version)
+        if name == "hpsv2"
+        else load_reward(name, root, device)
+        for name, column in zip(names, score_columns(names, hps_version, from_files), strict=True)
+    }
 
 
 def check_scorers(names, root, hps_version):
-    """Raise UserError naming every file that load_scorers needs and lacks."""
+    """Raise UserError with every file that load_scorers needs and does not find."""
+    others = [name for name in names if name != "hpsv2"]
+    checks = [(check_files, others, root)]
+    if "hpsv2" in names:
+        checks.append((_check_hpsv2, root, hps_version))
+    check_all(checks)
 
-    def check_hpsv2():
-        if missing := hpsv2.missing(Path(root), hps_version):
-            raise UserError(f"reward weights are missing:\n  hpsv2: {missing[0]}")
 
-    check_all([(check_files, [name for name in names if name != "hpsv2"], root), (check_hpsv2,)])
+def _check_hpsv2(root, hps_version):
+    if missing := hpsv2.missing(Path(root), hps_version):
+        raise UserError(f"reward weights are missing:\n  hpsv2: {missing[0]}")
+
+
+def file_view(scorers, from_files):
+    """How score_files prepares a PIL picture for the rewards `scorers`: a function picture -> (3, H, W) in [0, 1].
+
+    from_files: as the authors' HPS v2 program reads a file, so that scores compare with published ones. It ignores EXIF
+    rotation and transparency, and clips 16-bit grey. Otherwise: the whole picture, as the decoder's output is scored.
+    """
+    if not from_files:
+        return whole_view
+    (scorer,) = scorers.values()
+    return partial(hpsv2.prepare, size=scorer.image_size[0])
 
 
 @torch.inference_mode()
 def score_images(scorers, images, prompts):
-    """Images (B, 3, H, W), in [0, 1] but for a bicubic overshoot, and B prompts -> B dicts {column: score}.
+    """Images (B, 3, H, W) in [0, 1] (bicubic resizing may overshoot) and B prompts -> B dicts {column: score}.
 
-    Scores are rewards without their scale and weight; where one is not finite, as of colours that overflowed, it is
-    {"problem": why} for that image. Threads may share the scorers.
+    Scores are rewards without their scale and weight. An image with a score that is NaN or infinite gets
+    {"problem": reason} instead. Threads may share the scorers.
     """
     features = [scorer.image_features(images.float()) for scorer in scorers.values()]
-    with _reading_prompts:
+    with _tokenizing:
         columns = [scorer.score(seen, prompts) for scorer, seen in zip(scorers.values(), features, strict=True)]
     columns = [column.tolist() for column in columns]
-    # Rounded as scores.csv holds them, so that a run that was stopped and went on has the same means.
+    # Rounded as in scores.csv, so that a run that was interrupted and continued has the same means.
     rows = [[float(f"{value:.7g}") for value in values] for values in zip(*columns, strict=True)]
     return [_finite(dict(zip(scorers, row, strict=True))) for row in rows]
 
@@ -66,13 +86,9 @@ def _finite(scores):
 
 
 def score_files(scorers, paths, prompts, view):
-    """Score image files, each after view(PIL picture) -> (3, H, W): whole_view, or rewards.hpsv2.prepare.
+    """Score image files, each prepared by `view` (see file_view), for B prompts -> B dicts {column: score}.
 
-    hpsv2.prepare reads a file as the authors' own program does, so that scores compare with published ones: it ignores
-    EXIF rotation and transparency, and 16-bit grey is clipped.
-
-    Returns one dict a file: {column: score}, or {"problem": why} for a file that is missing, cannot be decoded or
-    has no finite score.
+    A file that is missing, cannot be decoded or has no finite score gets {"problem": reason} instead.
     """
     pixels = [_read(path, view) for path in paths]
     results = [{"problem": found} if isinstance(found, str) else {} for found in pixels]
@@ -86,7 +102,7 @@ def score_files(scorers, paths, prompts, view):
 
 
 def whole_view(picture):
-    """A picture as the decoder gave it: all its pixels, as a person sees them (see upright_rgb)."""
+    """All pixels of a picture, as a person sees them (see upright_rgb)."""
     return pil_to_tensor(upright_rgb(picture)) / 255
 
 
@@ -96,12 +112,12 @@ def _read(path, view):
             return view(picture)
     except FileNotFoundError:
         return "no such file"
-    except Exception as problem:  # every format's decoder raises its own kinds
+    except Exception as problem:  # each image format's decoder raises its own kinds
         return f"cannot be decoded ({first_line(problem)})"
 
 
 def find_image(folder, file):
-    """The name below `folder` of the image `file`, which may have another suffix there, in any case."""
+    """The name of the image `file` in `folder`, where it may have another suffix, in upper or lower case."""
     place = Path(folder, file)
     if place.is_file() or not place.parent.is_dir():
         return file

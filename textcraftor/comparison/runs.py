@@ -2,13 +2,13 @@
 
 import csv
 import hashlib
-import json
 import math
 import string
 from pathlib import Path
 from typing import NamedTuple
 
 from textcraftor.errors import UserError, first_line
+from textcraftor.files import read_json_object
 
 COMPARED = ("text_path (sha256)", "unet (sha256)", "prompt_eng (sha256)")  # settings that users compare on purpose
 SOURCES = ("model", "text_path", "unet_path", "prompt_eng", "score_only")
@@ -57,7 +57,7 @@ def read_run(label, name, folder):
         raise UserError(
             f"{folder}: no summary.json found; expected the output folder of a finished test_parti.py or test_hpsv2.py"
         )
-    settings, summary = _read_object(folder / "settings.json"), _read_object(folder / "summary.json")
+    settings, summary = (read_json_object(folder / name, AGAIN) for name in ("settings.json", "summary.json"))
     scores = summary.get("scores")
     if not isinstance(scores, dict) or not scores:
         raise UserError(f"{folder / 'summary.json'}: lists no scores; {AGAIN}")
@@ -70,22 +70,6 @@ def read_run(label, name, folder):
     if expected not in (None, found):
         raise UserError(f"{folder / 'scores.csv'}: has {found} scored images, summary.json says {expected}; {AGAIN}")
     return Run(label, name, folder, settings, summary, list(scores), rows)
-
-
-def _read_object(path):
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read ({_reason(problem)}); {AGAIN}") from problem
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}; {AGAIN}")
-    return content
-
-
-def _reason(problem):
-    """What an exception says, without the path that an OSError repeats."""
-    return getattr(problem, "strerror", None) or first_line(problem)
 
 
 def _read_scores(path, scores):
@@ -104,7 +88,8 @@ def _read_scores(path, scores):
                 if rows.setdefault((row["index"], row["prompt"]), row) is not row:
                     raise UserError(f"{place}: image {row['index']} is listed twice; {AGAIN}")
     except (OSError, ValueError, csv.Error) as problem:
-        raise UserError(f"{path}: cannot be read ({_reason(problem)}); {AGAIN}") from problem
+        reason = getattr(problem, "strerror", None) or first_line(problem)  # an OSError's text repeats the path
+        raise UserError(f"{path}: cannot be read ({reason}); {AGAIN}") from problem
     return rows
 
 
@@ -145,11 +130,11 @@ def check_comparable(first, other):
     for score in shared:
         name = f"{score} (sha256)"
         if ours.get(name) != theirs.get(name):
-            refuse(f"the weights of {score}", name, "score the images of both with the same weights, by --score_only")
+            refuse(f"the weights of {score}", name, "score the images of both with the same weights, with --score_only")
     if not shared:
         names = " and ".join(f"{run.folder} ({', '.join(run.scores)})" for run in (first, other))
         raise UserError(
-            f"no score in common: {names}; score the images of one of them as in the other, by --score_only"
+            f"no score in common: {names}; score the images of one run as those of the other, with --score_only"
         )
 
 
@@ -168,7 +153,7 @@ def pair(runs):
 
 
 def notes(runs, columns, keys):
-    """What a reader of the comparison must know, as lines: what was left out, and how else the runs differ."""
+    """Lines of text for the reader of a comparison: what was left out, and how else the runs differ."""
     lines = []
     for run in runs:
         problems = sum("problem" in row for row in run.rows.values())
@@ -198,7 +183,7 @@ def scored_prompts(run):
 
 
 def settings_table(runs):
-    """{name: [value of each run]} of everything the runs' images were made and scored with."""
+    """{name: [value of each run]} of all settings that the runs' images were generated and scored with."""
     every = [{name: run.summary.get(name) for name in SOURCES} | run.settings for run in runs]
     names = dict.fromkeys(name for settings in every for name in settings)
     table = {name: [_short(name, settings.get(name)) for settings in every] for name in names}

@@ -13,7 +13,8 @@ import numpy as np
 
 from textcraftor.comparison.pages import BLOCK, embed_json, image_blocks, write_page
 from textcraftor.comparison.runs import comparison_hash
-from textcraftor.errors import UserError, first_line
+from textcraftor.errors import UserError
+from textcraftor.files import read_json_object
 from textcraftor.statistics import wilson_interval
 
 SHARE_OF_B = {"A": 0.0, "tie": 0.5, "B": 1.0}
@@ -76,13 +77,10 @@ def read_votes(paths):
 
 
 def _read_file(path):
-    try:
-        file = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or first_line(problem)
-        raise UserError(f"{path}: cannot be read ({reason}); expected votes exported from a --blind page") from problem
+    expected = "expected votes exported from a --blind page"
+    file = read_json_object(path, expected)
     if not _is_votes(file):
-        raise UserError(f"{path}: contains no valid votes; expected votes exported from a --blind page")
+        raise UserError(f"{path}: contains no valid votes; {expected}")
     if not file["votes"]:
         raise UserError(f"{path}: contains no votes yet")
     if len({vote["index"] for vote in file["votes"]}) < len(file["votes"]):
@@ -92,7 +90,7 @@ def _read_file(path):
 
 def _is_votes(file):
     kinds = {"comparison": str, "benchmark": str, "runs": list, "rater": str, "votes": list}
-    if not isinstance(file, dict) or any(not isinstance(file.get(name), kind) for name, kind in kinds.items()):
+    if any(not isinstance(file.get(name), kind) for name, kind in kinds.items()):
         return False
     kinds = {"index": int, "prompt": str, "category": str, "first": str, "preferred": str}
     return [type(name) for name in file["runs"]] == [str, str] and all(

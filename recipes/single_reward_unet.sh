@@ -1,0 +1,10 @@
+#!/bin/sh
+# Table 2, "+ UNet (HPS v2 alone)" (average 0.2983): the UNet under the text encoder of single_reward.sh, same reward.
+#   sh recipes/single_reward_unet.sh hpsv2
+recipe=$1_unet
+. "$(dirname -- "$0")/common.sh"
+
+weights=$(alone "${1:-}") || exit 1
+encoder=${output}_$1/tc_text.safetensors
+shift
+train 256 --text_path "$encoder" --lr_text 0 --lr_unet 1e-6 --clip 1 $weights "$@"

@@ -1,0 +1,199 @@
+"""The model card of an exported text encoder: how to use it, what it was trained with, what that changed."""
+
+import csv
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from rewards import REWARDS
+from textcraftor.downloads import SOURCES
+from textcraftor.errors import UserError, first_line
+from textcraftor.options import TEST_TUNED_STEPS
+from textcraftor.run_folder import read_options
+from textcraftor.statistics import paired_interval
+from textcraftor.validation import load_look
+
+PAPER = "https://arxiv.org/abs/2403.18978"
+PICTURE = "before_after.png"
+STEPS = 25  # at test time
+# Options of a run that the card names, if the run has them and they are not off; never paths, which are private.
+SETTINGS = {
+    "images per step": "images per update",
+    "method": "method",
+    "lr_text": "learning rate, text encoder",
+    "lr_unet": "learning rate, UNet",
+    "step": "sampling steps",
+    "gradient": "gradient",
+    "grad_steps": "steps with gradient",
+    "guidance": "guidance scale",
+    "clip_constraint": "CLIP constraint",
+    "anchor": "anchor",
+    "shared_text": "weight of the shared text direction",
+    "smooth": "smoothing",
+    "ema": "moving average",
+    "seed": "seed",
+}
+OFF = {"lr_unet": 0, "clip_constraint": 0, "anchor": 0, "shared_text": 1, "smooth": 0, "ema": 0}
+
+# Loads the tuned text encoder, leaves `tuned` as the embeddings, and puts the original one back.
+WHOLE = """\
+pipe = StableDiffusionPipeline.{load}
+{embed}
+pipe.text_encoder = CLIPTextModel.from_pretrained("{base}", subfolder="text_encoder")"""
+LORA = """\
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{repo}", weight_name="{file}")
+{embed}
+pipe.unload_lora_weights()"""
+CODE = {
+    "diffusers": WHOLE.replace("{load}", 'from_pretrained("{repo}")'),
+    "checkpoint": WHOLE.replace("{load}", 'from_single_file("https://huggingface.co/{repo}/blob/main/{file}")'),
+    "lora": LORA,
+    "lora_kohya": LORA,
+    "text_encoder": """\
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+original, pipe.text_encoder = pipe.text_encoder, CLIPTextModel.from_pretrained("{repo}")
+{embed}
+pipe.text_encoder = original""",
+}
+BEGIN = """\
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+prompt = "a red fox in the snow"
+"""
+EMBED = """\
+with torch.no_grad():
+    tuned = torch.cat(pipe.encode_prompt(prompt, pipe.device, 1, True)[::-1])"""
+SWITCH = """
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+switch = lambda pipe, step, t, tensors: {{"prompt_embeds": tuned}} if step >= {last_original} else {{}}
+image = pipe(prompt, num_inference_steps={steps}, callback_on_step_end=switch).images[0]
+"""
+COMFYUI = {
+    "clip_l": "Put `{file}` into `models/text_encoders/`; load it with *Load CLIP*, type `stable_diffusion`.",
+    "checkpoint": "Put `{file}` into `models/checkpoints/`. In A1111: `models/Stable-diffusion/`.",
+    "lora": "Put `{file}` into `models/loras/`; load it with *Load LoRA*.",
+    "lora_kohya": "Put `{file}` into `models/loras/`; load it with *Load LoRA*. In A1111: `models/Lora/`.",
+}
+SHARE = 1 - TEST_TUNED_STEPS / STEPS
+COMFYUI_SWITCH = (
+    "To keep the original encoder in the first steps, encode the prompts with both, pass the original's through "
+    f"*ConditioningSetTimestepRange* with 0 to {SHARE:g} and the tuned one's with {SHARE:g} to 1, and join them with "
+    "*ConditioningCombine*."
+)
+
+
+def find_run(run: str, text_path: str) -> Path | None:
+    """The output folder of the training run that --run names or that the weights lie in, if there is one."""
+    folder = Path(run or Path(text_path).parent)
+    return folder if (folder / "options.json").is_file() else None
+
+
+def model_card(repo: str, form: str, file: str, model: str, training: list[str], note: str) -> str:
+    """README.md of a hub repository, its metadata included.
+
+    repo: USER/NAME; form: of exporting.options; file: the name of the exported file; model: the base model; training:
+    sections on the training run, see run_parts; note: what export says of the file.
+    """
+    base, known = base_model(model)
+    data = ModelCardData(
+        license="creativeml-openrail-m", library_name="diffusers", pipeline_tag="text-to-image",
+        tags=["textcraftor", "stable-diffusion", *(["lora"] if "lora" in form else [])],
+        base_model=base if known else None,
+    )  # fmt: skip
+    names = {"repo": repo, "file": file, "base": base}
+    parts = [f"---\n{data.to_yaml()}\n---\n# {repo.split('/')[1]}"]
+    parts += [
+        f"The text encoder of {base}, fine-tuned with rewards by [TextCraftor]({PAPER}). The original encoder drives "
+        f"the first {STEPS - TEST_TUNED_STEPS} of {STEPS} steps, this one the last {TEST_TUNED_STEPS}."
+    ]
+    if form in CODE:
+        switch = SWITCH.format(last_original=STEPS - TEST_TUNED_STEPS - 1, steps=STEPS)
+        code = CODE[form].format(**names, embed=EMBED)
+        parts += [f"## In diffusers\n\n```python\n{BEGIN}{code}{switch}```"]
+    if form in COMFYUI:
+        parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {COMFYUI_SWITCH}"]
+    if "lora" in form:
+        parts += [f"This LoRA approximates the difference of two encoders. {note[:1].upper()}{note[1:]}."]
+    return "\n\n".join([*parts, *training]) + "\n"
+
+
+def base_model(model: str) -> tuple[str, bool]:
+    """(name of the base model for the card, whether the hub knows it by that name)."""
+    path = Path(model)
+    if path.name == "stable-diffusion-v1-5":
+        return SOURCES["sd"][0].repo, True
+    return (path.name, False) if path.exists() else (model, True)
+
+
+def run_parts(run: Path | None, text_path: str) -> list[str]:
+    """The card's sections on a training run: rewards, settings, scores before and after, pictures; none without a run.
+
+    text_path: the weights of the run that are exported. Raises UserError if the run's files are damaged.
+    """
+    if run is None:
+        return []
+    options = read_options(run)
+    rewards = options.get("reward weights") or {name: options[name] for name in REWARDS if options.get(name)}
+    lines = ["## Training", "", "| reward | weight |", "| --- | --- |"]
+    lines += [f"| {name} | {weight:g} |" for name, weight in rewards.items()]
+    lines += ["", "| setting | |", "| --- | --- |"]
+    told = {text: options[name] for name, text in SETTINGS.items() if options.get(name) not in (None, OFF.get(name))}
+    lines += [
+        f"| {text} | {value:g} |" if isinstance(value, float) else f"| {text} | {value} |"
+        for text, value in told.items()
+    ]
+    rows = read_metrics(run / "metrics.csv")
+    step = step_of(text_path, rows)
+    lines += [f"| updates | {step:g} |"] if step else []
+    parts = ["\n".join(lines)]
+    before, after = (next((row for row in rows if row["step"] == number), {}) for number in (0, step))
+    names = [name for name in after if name.startswith("val_") and name in before]
+    if step and names:
+        lines = [f"## Held-out prompts, before and after {step:g} updates", ""]
+        lines += ["| score | before | after | change | 95 % interval |", "| --- | --- | --- | --- | --- |"]
+        intervals = paired_intervals(run) if step == rows[-1]["step"] else {}
+        for name in names:
+            change = after[name] - before[name]
+            low_high = "{:+.4f} … {:+.4f}".format(*intervals[name][1:]) if name in intervals else ""
+            cells = (name.removeprefix("val_"), f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}", low_high)
+            lines += [f"| {' | '.join(cells)} |"]
+        parts += ["\n".join(lines)]
+    if (run / PICTURE).is_file():
+        parts += [f"![held-out prompts before and after tuning]({PICTURE})"]
+    return parts
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv; empty cells are left out. Raises UserError if the file is damaged."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [row | {"step": row["step"]} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(
+            f"{path}: cannot be read ({first_line(problem)}); name another training run with --run"
+        ) from problem
+
+
+def step_of(text_path: str, rows: list[dict[str, float]]) -> float | None:
+    """The update after which the weights were saved, as their file's name tells; None if it does not."""
+    path = Path(text_path)
+    if path.stem.endswith("_best"):
+        best = max((row for row in rows if "val_total" in row), key=lambda row: row["val_total"], default={})
+        return best.get("step")
+    if number := re.search(r"_iter_(\d+)$", path.resolve().stem):  # tc_text.safetensors is a link to the newest
+        return float(number[1])
+    return None
+
+
+def paired_intervals(run: Path) -> dict[str, tuple[float, float, float]]:
+    """{column of metrics.csv: (mean change, low, high)} from the scores of each prompt, where the run has kept them."""
+    looks = [run / "resume" / name for name in ("before.safetensors", "after.safetensors")]
+    if not all(look.is_file() for look in looks):
+        return {}
+    before, after = (load_look(look)[0] for look in looks)
+    return {f"val_{name}": paired_interval(before[name], after[name]) for name in after if name in before}

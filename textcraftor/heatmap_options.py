@@ -1,0 +1,74 @@
+"""The options of heatmaps.py, and the words of a prompt. Nothing here imports torch: mistakes are answered at once."""
+
+import json
+import os
+from pathlib import Path
+
+import regex
+
+from textcraftor.errors import UserError
+from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS, check_tuned_steps, make_parser, require
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# fmt: off
+OPTIONS = (
+    ("--text_path",        "",                        "tuned text encoder: safetensors, .pth, folder or hub id"),
+    ("--model",            "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`"),
+    ("-o --output_path",   "heatmaps.png",            "the picture to write, a PNG file"),
+    ("--step",             25,                        "T, number of DDIM steps"),
+    ("--grad_steps",       TEST_TUNED_STEPS,          "K, last steps, driven by the tuned encoder and mapped"),
+    ("--guidance",         7.5,                       "classifier-free guidance scale"),
+    ("--seed",             TEST_SEED,                 "seed of the noise, which both images share"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "of the networks; the maps are always fp32"),
+)
+# fmt: on
+
+# One word each: a Chinese character, since Chinese has no spaces; a run of letters and digits, with the apostrophes and
+# hyphens inside it; an emoji or another symbol with all that modifies it. Punctuation belongs to no word.
+LETTERS = r"[[\p{L}\p{M}\p{N}]--\p{Han}]+"
+WORD = regex.compile(rf"(?V1)\p{{Han}}|{LETTERS}(?:['’\-]{LETTERS})*|(?=\p{{S}})\X")
+
+
+def parse_options(description, argv=None):
+    """Command line -> options, all checked; `--model miniature` brings the miniature's own guidance.
+
+    Raises UserError, one line, for options that make no sense.
+    """
+    parser = make_parser(description, OPTIONS)
+    parser.add_argument("prompt", help="what to draw, in quotes")
+    args = parser.parse_args(argv)
+    if args.model == "miniature":
+        folder = REPOSITORY / "miniature"
+        parser.set_defaults(guidance=json.loads((folder / "defaults.json").read_text())["guidance"])
+        args = parser.parse_args(argv)
+        args.model = str(folder / "stable-diffusion")
+    check_options(args)
+    return args
+
+
+def check_options(args):
+    """Raise UserError, one line, for options that make no sense together or a picture that could not be written."""
+    require(args, {"step grad_steps guidance": 1, "seed": 0})
+    check_tuned_steps(args)
+    if not args.text_path:
+        raise UserError("no --text_path: name the tuned text encoder to compare with the original one")
+    if not word_spans(args.prompt):
+        raise UserError(f"the prompt {args.prompt!r} has no word: nothing to draw a map of")
+    check_output(Path(args.output_path))
+
+
+def check_output(path):
+    """Raise UserError unless `path` is a name for a PNG file in a folder that can be written to."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output_path {path}: expected a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"--output_path {path}: is a folder; expected the name of a picture")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output_path {path}: cannot be written, since {parent} is not a folder you may write to")
+
+
+def word_spans(prompt):
+    """Where the words of a prompt lie: [(start, end)] in characters, in order."""
+    return [found.span() for found in WORD.finditer(prompt)]
