@@ -181,11 +181,11 @@ def _named_alike(pictures, captions, skipped):
 
 def _table(path, skipped):
     """Pairs of one table of any format; raises UserError if it cannot be read or lacks a column."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if mistake := _mistake(start):
-        raise UserError(f"{path}: is {mistake}")
     try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if mistake := _mistake(start):
+            raise UserError(f"{path}: is {mistake}")
         if start.startswith(b"PAR1"):
             yield from _parquet(path, skipped)
         elif suffix_of(path) in (".csv", ".tsv"):

@@ -20,6 +20,8 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
+# Terms of the training objective beside the rewards; those in use have columns, too.
+TERMS = ("clip_constraint", "anchor")
 # Columns of metrics.csv, apart from the rewards'.
 COLUMNS = ("step", "epoch", "total", "lr", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
 
@@ -103,7 +105,7 @@ def reward_specs(named, own, monitors):
     monitored = list(dict.fromkeys(monitored))
     names = [spec.rpartition(":")[2] for spec in (*weighted, *monitored)]
     for name in names:
-        if name in COLUMNS or names.count(name) > 1:
+        if name in (*COLUMNS, *TERMS) or names.count(name) > 1:
             raise UserError(f"two columns of metrics.csv would be called {name}; rename the function")
     return weighted, monitored
 

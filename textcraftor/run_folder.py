@@ -52,8 +52,8 @@ class Record:
             with write_whole(self.folder / OPTIONS_FILE) as file:
                 file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
-    def resume(self, options, compared, last_step):
-        """Continue a run: drop rows after `last_step`. Raises UserError if any `compared` option has changed."""
+    def check(self, options, compared):
+        """Raise UserError if any `compared` option of the run to resume differs from `options`."""
         earlier = read_options(self.folder)
         options = json.loads(json.dumps(options))
         for name in compared:
@@ -67,6 +67,9 @@ class Record:
                     f"--resume: the run in {self.folder} {found}; repeat its options, or start another run with "
                     "another --output-path"
                 )
+
+    def resume(self, last_step):
+        """Continue a run: read its rows and drop those after `last_step`. Raises UserError if they are damaged."""
         try:
             text = self.path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1].splitlines()  # a run killed while writing leaves half a last row

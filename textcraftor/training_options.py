@@ -132,7 +132,8 @@ def check_options(args):
         raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
     if (args.method == "direct") != bool(args.images):
         raise UserError("--method direct and --images FOLDER belong together: give both, or neither")
-    args.grad_range = read_range("grad_steps", str(args.grad_steps))
+    args.grad_steps = str(args.grad_steps)  # the miniature's default is a number
+    args.grad_range = read_range("grad_steps", args.grad_steps)
     if args.gradient == "refl" and args.grad_range != (1, 1):
         raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
     name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)
