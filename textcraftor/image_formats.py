@@ -191,7 +191,7 @@ def _table(path, skipped):
         elif suffix_of(path) in (".csv", ".tsv"):
             yield from _listed(path, _csv_rows(path), skipped)
         elif suffix_of(path) == ".parquet":
-            raise UserError(f"{path}: is no parquet file; it does not begin with PAR1")
+            raise UserError(f"{path}: is not a parquet file: it does not begin with PAR1")
         else:
             yield from _listed(path, json_records(path), skipped)
     except (ValueError, TypeError, OSError, EOFError, csv.Error) as problem:
