@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from textcraftor.benchmark.images import load_pipeline
+from textcraftor.benchmark.images import image_size, load_pipeline
 from textcraftor.downloads import REPOSITORY
 from textcraftor.errors import UserError, first_line
 from textcraftor.image_files import upright_rgb
@@ -66,11 +66,7 @@ def starting_picture(pipeline, args):
     """--image, cropped and scaled to the model's size, or what the original model draws from the prompt."""
     if not args.image:
         return draw(pipeline, args)
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(
-        read_picture(args.image, "--image"), (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
-    )
+    return ImageOps.fit(read_picture(args.image, "--image"), image_size(pipeline))
 
 
 def read_picture(path, option):
