@@ -1,7 +1,9 @@
 """Build command-line parsers from a table of options; every error is one line."""
 
 import argparse
+import json
 import math
+from pathlib import Path
 
 from textcraftor.errors import UserError
 
@@ -19,6 +21,10 @@ SCHEDULERS = {
     "EulerAncestral": "EulerAncestralDiscreteScheduler",
     "UniPC": "UniPCMultistepScheduler",
 }
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MINIATURE = REPOSITORY / "miniature"
+MINIATURE_MODEL = str(MINIATURE / "stable-diffusion")
 
 # Terms of the training objective beside the rewards; those in use have columns, too.
 TERMS = ("clip_constraint", "anchor")
@@ -57,6 +63,11 @@ def make_parser(description, options):
 
     parser.error = fail
     return parser
+
+
+def miniature_defaults() -> dict:
+    """The miniature's own defaults of the training script's options."""
+    return json.loads((MINIATURE / "defaults.json").read_text())
 
 
 def require(args, bounds):

@@ -3,14 +3,11 @@
 import importlib.util
 import json
 import secrets
-from pathlib import Path
 
 from rewards import REWARDS
 from textcraftor.errors import UserError
-from textcraftor.options import make_parser, require, reward_specs
+from textcraftor.options import REPOSITORY, make_parser, require, reward_specs
 from textcraftor.run_folder import check_folder
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 # fmt: off
 OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or `-`.
