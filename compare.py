@@ -11,7 +11,6 @@ $ python compare.py RUN_A RUN_B --blind --limit 100
 $ python compare.py RUN_A RUN_B --votes votes.json
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from textcraftor.comparison import votes
 from textcraftor.comparison.report import METHOD, comparison_tables, write_report
 from textcraftor.comparison.runs import comparison_hash, notes, pair, read_runs, settings_table
 from textcraftor.errors import UserError, run_program
-from textcraftor.files import check_writable, read_json_object, write_whole
+from textcraftor.files import check_writable, read_json_object, write_json, write_whole
 from textcraftor.options import make_parser, require
 from textcraftor.pictures import difference_plot
 from textcraftor.statistics import compare_groups
@@ -106,12 +105,6 @@ def earlier_runs(file):
         return [{name: run[name] for name in ("label", "name", "folder")} for run in runs]
     except (KeyError, TypeError) as problem:
         raise UserError(f"{file}: is not a comparison of compare.py; {remedy}") from problem
-
-
-def write_json(file, content):
-    """Write a JSON file, whole or not at all."""
-    with write_whole(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def print_page(page, lost, image_size):

@@ -12,12 +12,10 @@ $ python merge.py a.safetensors=1.3 -o more.safetensors
 To mix embeddings instead, as the paper does, name several encoders with --text_path in test_parti.py and test_hpsv2.py.
 """
 
-from pathlib import Path
-
 from textcraftor.errors import UserError, run_program
 from textcraftor.exporting.options import check_new_file
 from textcraftor.mixing import original_share, parse_weighted
-from textcraftor.options import check_all, make_parser
+from textcraftor.options import MINIATURE_MODEL, check_all, make_parser
 
 # fmt: off
 OPTIONS = (
@@ -36,7 +34,7 @@ def parse_options(argv=None):
     args = parser.parse_args(argv)
     args.encoders = [parse_weighted(spec) for spec in args.encoders]
     if args.base == "miniature":
-        args.base = str(Path(__file__).resolve().parent / "miniature" / "stable-diffusion")
+        args.base = MINIATURE_MODEL
     if not args.output_path:
         raise UserError("-o is missing: name the file to write, such as -o c.safetensors")
     check_new_file(args.output_path)

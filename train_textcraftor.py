@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from textcraftor.errors import UserError, run_program
-from textcraftor.options import COLUMNS, check_all
+from textcraftor.options import COLUMNS, TERMS, check_all
 from textcraftor.training_options import parse_options, recorded_options
 
 if __name__ == "__main__":
@@ -120,7 +120,9 @@ def set_up(args, functions):
     rewards, monitors, constraint = load_rewards(
         args, functions, data.prompts, model.text_encoder, device, low_precision
     )
-    content = data.content | run_content(model, text_encoder, rewards.rewards, functions) if is_main else {}
+    scored = [*rewards.rewards, *([constraint] if constraint else [])]
+    own = [spec for spec in functions if spec in args.weighted]
+    content = data.content | run_content(model, text_encoder, scored, own) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
     trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
@@ -144,20 +146,21 @@ def set_up(args, functions):
     # Start a run folder, or continue after the last checkpoint in it.
     options, compared = recorded_options(args, global_batch, last_step, content)
     names, monitor_names = [reward.name for reward in rewards.rewards], [monitor.name for monitor in monitors]
-    extras = [name for name in ("clip_constraint", "anchor") if getattr(args, name)]
+    extras = [name for name in TERMS if getattr(args, name)]
     columns = [*COLUMNS, *names, *extras, *(f"val_{name}" for name in ("total", *names, *monitor_names))]
     record, first_step = Record(output, columns, writes=is_main), 0
     checkpoints.keep_weights_out_of_state(accelerator)
     if args.resume:
+        record.check(options, compared if is_main else [])  # only the main process has the hashes
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
         if ema:
             ema.to(device)
         last_step = max(first_step, last_step)
-        record.resume(options, compared if is_main else [], first_step)  # only the main process has the hashes
+        record.resume(first_step)
         options["tracker run"] = read_options(output)["tracker run"]
         say(f"resuming the run in {output} after step {first_step}")
     else:
-        checkpoints.check_disk(output, trained, args.keep_checkpoints)
+        checkpoints.check_disk(output, trained, args.keep_checkpoints, bool(ema))
         record.start(options)
         record.add({"step": 0})
     if is_main:
@@ -203,7 +206,7 @@ def train(run, first_step, last_step):
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.accelerator, run.output, run.trained):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.ema)):
                         save(run, step)
                     else:
                         say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
@@ -288,8 +291,6 @@ def train_step(run, step, check_stop):
             objective, scores = training_objective(
                 args, run.rewards, run.constraint, run.networks.tokenizer, images, prompts, conditions
             )
-            if not objective.requires_grad:
-                raise UserError("no reward is differentiable in the images; train on at least one that is")
             accelerator.backward(-objective.mean() / accumulation)
         cut += count_cut(run.networks.tokenizer, prompts)
         parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))

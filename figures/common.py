@@ -1,17 +1,22 @@
 """What the figures share: options, loading, and drawing with the original and the tuned text encoder."""
 
-import json
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from textcraftor.benchmark.images import load_pipeline
-from textcraftor.downloads import REPOSITORY
+from textcraftor.benchmark.images import image_size, load_pipeline
 from textcraftor.errors import UserError, first_line
 from textcraftor.image_files import upright_rgb
 from textcraftor.models import check_model, quiet_libraries
-from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS, check_all, make_parser, require
+from textcraftor.options import (
+    MINIATURE_MODEL,
+    TEST_SEED,
+    TEST_TUNED_STEPS,
+    check_all,
+    make_parser,
+    miniature_defaults,
+    require,
+)
 from textcraftor.pictures import grid, save
 from textcraftor.pipelines import attach_encoder, detach_encoder
 from textcraftor.weight_files import check_text_encoder
@@ -31,8 +36,7 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
     args = make_parser(description, (*common, *extra, output)).parse_args(argv)
     args.guidance = 7.5
     if args.model == "miniature":
-        args.model = str(REPOSITORY / "miniature" / "stable-diffusion")
-        args.guidance = json.loads((REPOSITORY / "miniature" / "defaults.json").read_text())["guidance"]
+        args.model, args.guidance = MINIATURE_MODEL, miniature_defaults()["guidance"]
     require(args, {"seed": 0})
     paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]
     files = [(getattr(args, name, ""), f"--{name}") for name in ("image", "mask")]
@@ -66,11 +70,7 @@ def starting_picture(pipeline, args):
     """--image, cropped and scaled to the model's size, or what the original model draws from the prompt."""
     if not args.image:
         return draw(pipeline, args)
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(
-        read_picture(args.image, "--image"), (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
-    )
+    return ImageOps.fit(read_picture(args.image, "--image"), image_size(pipeline))
 
 
 def read_picture(path, option):

@@ -23,7 +23,7 @@ def main(argv=None):
     else:
         mask = Image.new("L", image.size)
         mask.paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
-    # The pipeline tells models for inpainting, of 9 channels, from others by their 4; the miniature's others are 16.
+    # The pipeline tells models for inpainting, of 9 channels, from others by their 4; a small model may have others.
     pipeline.unet.register_to_config(in_channels=4)
     pipeline = StableDiffusionInpaintPipeline.from_pipe(pipeline)
     pictures = original_and_tuned(pipeline, args, image=image, mask_image=mask, strength=1.0)

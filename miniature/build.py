@@ -84,11 +84,11 @@ STEPS = {
     "clip_g": 1_300,
     "clip_H_web": 700,
     "clip_H": 1_300,
-    "unet": 8_000,
+    "unet": 5_000,
     "pickscore": 600,
     "hpsv2": 600,
     "aesthetic": 4_000,
-    "judge": 4_000,
+    "judge": 3_000,
     "extender": 1_000,
 }
 

@@ -32,7 +32,6 @@ class Aesthetic(Reward):
 
     name = "aesthetic"
     scale = 3.0
-    reads_prompts = False
 
     def __init__(self, visual: nn.Module, head: nn.Module, normalization=OPENAI):
         super().__init__()

@@ -1,7 +1,6 @@
 """What all rewards share: images and their prompts in, one score per image out, differentiable in the images."""
 
 import logging
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ class Reward(nn.Module):
     - `tower`, the network, with its `image_size` (height, width) and `context_length` in tokens,
     - `mean` and `std` per channel, if the tower was not trained with OpenAI's,
 
-    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt sets `reads_prompts`
-    to False and overrides `score` instead of the last two. Loaders return `reward.frozen(device, dtype)`.
+    and implements `encode_image`, `encode_text` and `tokenize`. A reward that ignores the prompt overrides `score`
+    instead of the last two. Loaders return `reward.frozen(device, dtype)`.
     """
 
     name: str
@@ -31,7 +30,6 @@ class Reward(nn.Module):
     context_length: int
     mean: tuple[float, ...] = OPENAI_DATASET_MEAN
     std: tuple[float, ...] = OPENAI_DATASET_STD
-    reads_prompts = True
 
     def __init__(self):
         super().__init__()
@@ -41,6 +39,11 @@ class Reward(nn.Module):
     def visual(self) -> nn.Module:
         """The image part of the tower. Rewards with the same one share its forward pass."""
         return self.tower
+
+    @property
+    def compares_texts(self) -> bool:
+        """Whether the score is `compare` of image and text features, and not a `score` of the subclass's own."""
+        return type(self).score is Reward.score
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, h, w) of the tower's size and dtype -> features (B, D)."""
@@ -116,10 +119,14 @@ def share_towers(rewards: list[Reward]) -> None:
     def pixels(reward):
         return reward.image_size, [round(value, 6) for value in (*reward.mean, *reward.std)]
 
-    for reward, other in permutations(rewards, 2):
-        same_pixels = pixels(reward) == pixels(other)
-        if reward.visual is reward.tower and same_pixels and _equal(reward.visual, other.visual):
-            reward.tower = other.visual
+    for reward in rewards:
+        if reward.visual is not reward.tower:
+            continue
+        # A whole CLIP first: it keeps its own tower, so that all others meet in one.
+        for other in sorted(rewards, key=lambda other: other.visual is other.tower):
+            if pixels(reward) == pixels(other) and _equal(reward.visual, other.visual):
+                reward.tower = other.visual
+                break
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
@@ -128,6 +135,8 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     def layers(network):
         return repr(network), [getattr(module, "num_heads", None) for module in network.modules()]
 
+    if first is second:
+        return True
     weights, others = first.state_dict(), second.state_dict()
     return layers(first) == layers(second) and all(torch.equal(weights[name], others[name]) for name in weights)
 

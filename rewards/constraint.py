@@ -21,7 +21,6 @@ class ClipConstraint(Reward):
 
     name = "clip_constraint"
     scale = 100.0
-    reads_prompts = False
 
     def __init__(self, clip: Reward, dtype: torch.dtype):
         super().__init__()

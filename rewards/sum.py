@@ -28,16 +28,23 @@ class RewardSum(nn.Module):
         share_towers([reward for reward in self.rewards if isinstance(reward, Reward)])
 
     def forward(
-        self, images: Tensor, prompts: list[str], features: dict | None = None, shared_text: float = 1.0
+        self,
+        images: Tensor,
+        prompts: list[str],
+        features: dict | None = None,
+        texts: dict | None = None,
+        shared_text: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images (B, 3, H, W) in [0, 1] and B prompts -> total (B,) with gradient, and {name: r (B,)}, detached.
 
-        r is the score as the reward itself defines it, without scale and weight. features: a dict that keeps the
-        image features by tower, for another reward with the same tower. shared_text: weight in the total, not in the r,
-        of the text direction that all prompts share (objective.weaken_shared), known after `find_shared`.
+        r is the score as the reward itself defines it, without scale and weight. features, texts: dicts that keep the
+        image features by tower, for another reward with the same tower, and the text features by reward, for another
+        call with the same prompts. shared_text: weight in the total, not in the r, of the text direction that all
+        prompts share (objective.weaken_shared), known after `find_shared`.
         """
         check_inputs(images, prompts)
-        features, scores, terms = {} if features is None else features, {}, []
+        features, texts = ({} if known is None else known for known in (features, texts))
+        scores, terms = {}, []
         for reward, weight in zip(self.rewards, self.weights, strict=True):
             if not isinstance(reward, Reward):
                 score = term = reward(images, prompts)
@@ -45,12 +52,15 @@ class RewardSum(nn.Module):
                 if reward.visual not in features:
                     features[reward.visual] = reward.image_features(images)
                 seen = features[reward.visual]
-                if shared_text == 1 or not reward.reads_prompts:
+                if not reward.compares_texts:
                     score = term = reward.score(seen, prompts)
                 else:
-                    texts = reward.text_features(prompts)
-                    score = reward.compare(seen, texts)
-                    term = reward.compare(seen, weaken_shared(texts, self.shared[reward.name], shared_text))
+                    if reward not in texts:
+                        texts[reward] = reward.text_features(prompts)
+                    score = term = reward.compare(seen, texts[reward])
+                    if shared_text != 1:
+                        weakened = weaken_shared(texts[reward], self.shared[reward.name], shared_text)
+                        term = reward.compare(seen, weakened)
             scores[reward.name] = score.detach()
             terms.append(weight * reward.scale * term)
         return torch.stack(terms).sum(dim=0), scores
@@ -61,9 +71,9 @@ class RewardSum(nn.Module):
         return torch.stack([weight * reward.scale * scores[reward.name] for reward, weight in pairs]).sum(dim=0)
 
     def find_shared(self, prompts: list[str], batch_size: int = 64) -> None:
-        """Find the text direction that `prompts` share, for each reward that reads them."""
+        """Find the text direction that `prompts` share, for each reward that compares texts."""
         starts = range(0, len(prompts), batch_size)
         for reward in self.rewards:
-            if isinstance(reward, Reward) and reward.reads_prompts:
+            if isinstance(reward, Reward) and reward.compares_texts:
                 texts = [reward.text_features(prompts[start : start + batch_size]) for start in starts]
                 self.shared[reward.name] = shared_direction(torch.cat(texts))

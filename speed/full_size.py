@@ -25,12 +25,13 @@ from diffusers import DDIMScheduler
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards.base import normalize
-from speed.networks import DTYPES, LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, full_size, held, in_use
+from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, full_size, held, in_use
 from speed.step import plain_step
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
 from textcraftor.options import TEST_TUNED_STEPS, make_parser, require
+from textcraftor.precision import PRECISIONS
 from textcraftor.sampling import decode, make_images, make_scheduler, predict_noise, prompt_noise, sample_last_k
 
 GUIDANCE = 7.5
@@ -76,7 +77,7 @@ def main(argv=None):
     began = time.perf_counter()
     torch.manual_seed(0)
     with torch.device(device):
-        networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
+        networks = build(full_size(), args.train, PRECISIONS[args.mixed_precision])
     for network in networks[1:4]:
         network.to(memory_format=torch.channels_last)
     if args.compile:
@@ -134,7 +135,7 @@ def count(args, scheduler):
         flops[name] += counter.get_total_flops()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks = build(full_size(), args.train, DTYPES[args.mixed_precision])
+        networks = build(full_size(), args.train, PRECISIONS[args.mixed_precision])
         optimizer = make_optimizer(args, networks)
         step = plain if args.plain else parted_step
         step(args, part, networks, scheduler, optimizer, "cpu")
@@ -193,7 +194,7 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
 
     def autocast(network):
         """Autocast for a network that trains: it keeps fp32 weights, as accelerate has it."""
-        dtype, enabled = DTYPES[args.mixed_precision], network.dtype != DTYPES[args.mixed_precision]
+        dtype, enabled = PRECISIONS[args.mixed_precision], network.dtype != PRECISIONS[args.mixed_precision]
         return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
 
     with part("prompt embeddings"):
@@ -275,7 +276,7 @@ def report_evaluation(args, scheduler):
     """
     peaks = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks = build(full_size(), "", DTYPES[args.mixed_precision], torch.float32)
+        networks = build(full_size(), "", PRECISIONS[args.mixed_precision], torch.float32)
         with LiveBytes(held(networks)) as memory:
             weights = memory.live
 

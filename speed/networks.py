@@ -20,7 +20,6 @@ from textcraftor.embeddings import encode_prompts
 from textcraftor.models import SD_V1_CONFIGS, Networks, clip_tokenizer
 
 WEIGHTS = {"clip": 0.5, "aesthetic": 1.0, "pickscore": 1.0, "hpsv2": 1.0}  # the released script's
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 LEARNING_RATE = 1e-6
 
 

@@ -23,8 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from textcraftor.errors import UserError, run_program
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from textcraftor.options import REPOSITORY
 
 
 def build(path, rows, size):

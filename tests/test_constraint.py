@@ -1,5 +1,6 @@
 """The CLIP constraint and the weakened text direction, with the weights that the training script uses."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_constraint_is_the_clip_cosine_with_gradient_to_image_and_text_encoder()
     assert images.grad.norm() > 0
     assert encoder.get_input_embeddings().weight.grad.norm() > 0
     assert not any(parameter.requires_grad for parameter in term.parameters())
+
+
+def test_three_equal_towers_run_once(tmp_path):
+    """The CLIP reward may be the same ViT-L/14, too."""
+    shutil.copytree(MINIATURE / "aesthetic", tmp_path / "aesthetic")
+    shutil.copytree(MINIATURE / "aesthetic" / "clip", tmp_path / "clip")
+    term = constraint.load_constraint(
+        tmp_path, load_model(str(MINIATURE / "stable-diffusion")).text_encoder, "cpu", torch.float32
+    )
+    clip, aesthetic = (rewards.load_reward(name, tmp_path, "cpu") for name in ("clip", "aesthetic"))
+    for order in ([clip, aesthetic, term], [term, aesthetic, clip], [aesthetic, term, clip]):
+        share_towers(order)
+        assert clip.visual is aesthetic.visual is term.visual
 
 
 def test_constraint_shares_the_aesthetic_rewards_tower():

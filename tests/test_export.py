@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_is_one_clear_line(stable_diffusion, tuned, tmp_
         (["--form", "diffusers", "-o", file], "is a folder"),
         (["--form", "diffusers", "-o", taken], "exists already"),
         (["--form", "clip_l", "-o", tmp_path / "nan.safetensors"], "exists already"),
-        (["--form", "clip_l", "-o", tmp_path / "nan.safetensors" / "x.safetensors"], "is a file; choose another place"),
+        (["--form", "clip_l", "-o", tmp_path / "nan.safetensors" / "x.safetensors"], "is a file; choose a folder"),
         (["--form", "clip_l"], "--output_path is missing: name what to write, such as exported.safetensors"),
         (["--form", "onnx", "-o", folder], "--form"),
         (["--form", "lora", "-o", file, "--lora_rank", 0], "--lora_rank 0: must be at least 1"),

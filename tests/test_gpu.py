@@ -132,7 +132,7 @@ FSDP += ["--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBl
     ids=["text encoder", "UNet", "UNet, split"],
 )
 def test_two_gpus_train_as_one_with_the_double_batch(tmp_path, trains, how):
-    """Launched as setup_env.sh and README.md do; gradients that are added, not averaged, have twice the norm."""
+    """As setup_env.sh and recipes/README.md launch it; gradients that are added, not averaged, have twice the norm."""
     common = ["train_textcraftor.py", *TRAINING, *TRAINED[trains], "--mixed_precision", "no"]
     launch = ["-m", "accelerate.commands.launch", "--num_machines", 1, "--num_processes", 2]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *how]
@@ -151,15 +151,8 @@ def test_two_gpus_train_as_one_with_the_double_batch(tmp_path, trains, how):
 
 def test_evaluation_on_the_gpu_is_evaluation_on_the_cpu(tmp_path):
     """test_parti.py as accelerate starts it on several GPUs, with one thread: the same pictures and scores."""
-    command = [
-        "test_parti.py",
-        "--model",
-        "miniature",
-        "--limit",
-        12,
-        "--batch-size",
-        4,
-    ]  # three batches for two workers
+    # Three batches for two workers.
+    command = ["test_parti.py", "--model", "miniature", "--limit", 12, "--batch-size", 4]
     run(*command, "--mixed_precision", "no", "--output_path", tmp_path / "cpu", CUDA_VISIBLE_DEVICES="")
     expected = rows(tmp_path / "cpu" / "scores.csv")
     for precision, grey_levels in [("no", 2), ("fp16", 2), ("bf16", 3)]:  # of 255, on average; bf16 on a CPU: 0.4

@@ -194,7 +194,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path):
         (["fox", *text, "--guidance", "nan"], "--guidance nan"),
         (["fox", *text, "-o", "fox.jpg"], "ends in .png"),
         (["fox", *text, "-o", str(tmp_path / "folder.png")], "is a folder"),
-        (["fox", *text, "-o", str(tmp_path / "file" / "fox.png")], "is not a folder you may write to"),
+        (["fox", *text, "-o", str(tmp_path / "file" / "fox.png")], "is a file; choose a folder"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             parse_options("", argv)

@@ -179,7 +179,7 @@ def test_what_holds_no_pictures_is_refused_in_one_line(tmp_path):
         folder("both", metadata_csv=b"", metadata_jsonl=b""): "keep the one",
         folder("pointer", metadata_jsonl=pointer): "git lfs pull",
         folder("cut", train_parquet=b"PAR1" + bytes(20)): "not a readable parquet file",
-        folder("other", train_parquet=b"a cat"): "no parquet file",
+        folder("other", train_parquet=b"a cat"): "not a parquet file",
         tmp_path / "links": "`URL`",
         tmp_path / "two": "front, back",
     }

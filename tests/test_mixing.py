@@ -135,7 +135,7 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
         ("big=x", output, "x is no weight"),
         ("big=1", tmp_path / "lora.safetensors", "exists already"),
         ("big=1", tmp_path / "out.pth", "ends in .safetensors"),
-        ("big=1", tmp_path / "file" / "out.safetensors", "is a file; choose another place"),
+        ("big=1", tmp_path / "file" / "out.safetensors", "is a file; choose a folder"),
     ):
         name, _, weight = specs.partition("=")
         argv = [f"{a}=0.3", f"{tmp_path / name}.safetensors={weight}", *base, "-o", str(target)]

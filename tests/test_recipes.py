@@ -16,23 +16,24 @@ SCALES = {"clip": 100, "aesthetic": 3, "pickscore": 1, "hpsv2": 100}  # of the r
 PAPER = (100, 1, 1, 100)
 
 # fmt: off
-# Recipe: (the paper's weights of CLIP, aesthetic, PickScore and HPS v2, K, what trains, images per update).
+# Recipe: (the paper's weights of CLIP, aesthetic, PickScore and HPS v2, K, what trains, images per update, the run's
+# folder, which recipes/README.md names in the column of tests).
 TRAINING = {
-    "released":                   ((50, 3, 1, 100),   5, "text", 32),
-    "paper":                      (PAPER,             5, "text", 256),
-    "unet":                       (PAPER,             5, "unet", 256),
-    "unet_alone":                 (PAPER,             5, "unet", 256),
-    "single_reward aesthetic":    ((100, 1, 0, 0),    5, "text", 256),
-    "single_reward pickscore":    ((100, 0, 1, 0),    5, "text", 256),
-    "single_reward hpsv2":        ((100, 0, 0, 100),  5, "text", 256),
-    "single_reward_unet hpsv2":   ((100, 0, 0, 100),  5, "unet", 256),
-    "no_clip aesthetic":          ((0, 1, 0, 0),      5, "text", 256),
-    "grad_steps 5":               (PAPER,             5, "text", 256),
-    "grad_steps 15":              (PAPER,            15, "text", 256),
-    "clip_constraint":            ((0, 1, 1, 100),    5, "text", 256),
-    "direct pictures":            (PAPER,             5, "text", 256),
-    "weights 200 3 1 100":        ((200, 3, 1, 100),  5, "text", 256),
-    "weights 100 3 2 100":        ((100, 3, 2, 100),  5, "text", 256),
+    "released":                   ((50, 3, 1, 100),   5, "text", 32, "released"),
+    "paper":                      (PAPER,             5, "text", 256, "paper"),
+    "unet":                       (PAPER,             5, "unet", 256, "unet"),
+    "unet_alone":                 (PAPER,             5, "unet", 256, "unet_alone"),
+    "single_reward aesthetic":    ((100, 1, 0, 0),    5, "text", 256, "aesthetic"),
+    "single_reward pickscore":    ((100, 0, 1, 0),    5, "text", 256, "pickscore"),
+    "single_reward hpsv2":        ((100, 0, 0, 100),  5, "text", 256, "hpsv2"),
+    "single_reward_unet hpsv2":   ((100, 0, 0, 100),  5, "unet", 256, "hpsv2_unet"),
+    "no_clip aesthetic":          ((0, 1, 0, 0),      5, "text", 256, "aesthetic_no_clip"),
+    "grad_steps 5":               (PAPER,             5, "text", 256, "grad_steps_5"),
+    "grad_steps 15":              (PAPER,            15, "text", 256, "grad_steps_15"),
+    "clip_constraint":            ((0, 1, 1, 100),    5, "text", 256, "clip_constraint"),
+    "direct pictures":            (PAPER,             5, "text", 256, "direct"),
+    "weights 200 3 1 100":        ((200, 3, 1, 100),  5, "text", 256, "weights_200_3_1_100"),
+    "weights 100 3 2 100":        ((100, 3, 2, 100),  5, "text", 256, "weights_100_3_2_100"),
 }
 # Recipe: (name of the tested run, scheduler, steps, tuned steps, weight of the tuned embeddings).
 TESTS = {
@@ -89,7 +90,7 @@ def images_per_update(done, options):
 
 
 def test_training_recipes_have_the_papers_settings(call):
-    for recipe, (weights, k, tuned, images) in TRAINING.items():
+    for recipe, (weights, k, tuned, images, folder) in TRAINING.items():
         for gpus in (0, 1, 2, 8) if recipe in ("paper", "released") else (8,):
             done, arguments = call(recipe, "--save_every", "77", gpus=gpus)
             options = parse_options(arguments)
@@ -98,9 +99,14 @@ def test_training_recipes_have_the_papers_settings(call):
             rates = (1e-6, 0.0) if tuned == "text" else (0.0, 1e-6)
             assert (options.grad_range, options.lr_text, options.lr_unet) == ((k, k), *rates), recipe
             assert (options.step, options.guidance, options.max_steps) == (25, 7.5, 10_000), recipe
+            assert options.model == f"{call.clone}/stable-diffusion-v1-5", recipe
+            assert options.prompts == f"{call.clone}/openprompts.csv", recipe
+            assert options.output_path == f"{call.clone}/output_{folder}", recipe
             assert images_per_update(done, options) == images, (recipe, gpus)
-            assert options.save_every == 77 and Path(options.output_path).parent == call.clone, recipe
+            assert options.save_every == 77, recipe
     assert parse_options(call("unet")[1]).text_path == f"{call.clone}/output_paper/tc_text.safetensors"
+    second_stage = parse_options(call("single_reward_unet hpsv2")[1])
+    assert second_stage.text_path == f"{call.clone}/output_hpsv2/tc_text.safetensors"
     assert parse_options(call("unet_alone")[1]).text_path == ""
     assert parse_options(call("clip_constraint")[1]).clip_constraint == 1
     assert parse_options(call("direct pictures")[1]).images == "pictures"
@@ -138,4 +144,8 @@ def test_test_recipes_have_the_papers_settings(call):
             found = [options.scheduler, options.step, options.grad_steps, options.prompt_weighting]
             assert found == how, recipe
             folder = f"miniature_{run}" if arguments else run
+            output = Path(options.output_path)
+            assert output.parent == call.clone / "tests" and output.name.startswith("miniature_" * bool(arguments))
+            model = ROOT / "miniature" / "stable-diffusion" if arguments else call.clone / "stable-diffusion-v1-5"
+            assert options.model == str(model), recipe
             assert options.text_path == f"{call.clone}/output_{folder}/tc_text.safetensors", recipe

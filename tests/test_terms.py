@@ -11,6 +11,7 @@ from test_train import command, same_weights, table, train, work  # noqa: F401 (
 import rewards
 from rewards.constraint import load_constraint
 from rewards.sum import RewardSum
+from textcraftor.checkpoints import MARGIN, Trained, check_disk, has_room
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError
 from textcraftor.models import load_model, make_networks
@@ -80,8 +81,10 @@ def test_a_resumed_run_with_all_terms_equals_one_never_stopped(tmp_path, monkeyp
         assert [row[name] for row in rows[1:]] == [row[name] for row in table("parts")[1:]]
     assert rows[1]["anchor"] == "0" or float(rows[1]["anchor"]) < 1e-5  # nothing has moved yet
     assert float(rows[4]["anchor"]) > float(rows[1]["anchor"])
-    with pytest.raises(UserError, match="has anchor = 0.1, not 0.0"):
-        train(*RUN, *TERMS, "--anchor", 0, "--max_steps", 5, "--output-path", "parts", "--resume")
+    # What has changed is said before the checkpoint is read, which would fail without the average.
+    for changed, message in ((["--anchor", 0], "has anchor = 0.1, not 0.0"), (["--ema", 0], "has ema = 0.9, not 0.0")):
+        with pytest.raises(UserError, match=message):
+            train(*RUN, *TERMS, *changed, "--max_steps", 5, "--output-path", "parts", "--resume")
 
 
 def test_moving_average_is_what_is_validated(work, command):  # noqa: F811
@@ -103,8 +106,35 @@ def test_moving_average_is_what_is_validated(work, command):  # noqa: F811
     )
 
 
-def test_options_that_make_no_sense_are_refused():
+def test_a_term_does_not_hide_that_no_reward_has_a_gradient(work, command):  # noqa: F811
+    own = ["--reward", "own.py:constant=1", "--reward", "own.py:redness=0"]
+    for term in ("--anchor", "--smooth"):
+        with pytest.raises(UserError, match="no reward is differentiable"):
+            train(*command, *own, term, "0.1", "--output-path", term.strip("-"))
+
+
+def test_disk_for_a_moving_average_is_counted(tmp_path, monkeypatch):
+    """Three checkpoints, the best, one more while it is written; with the average two more files and larger states."""
+    network = torch.nn.Linear(999, 1000)
+    trained, size = [Trained("tc_text", network, 1e-6)], 4 * 1000 * 1000
+    accelerator = SimpleNamespace(is_main_process=True)
+    for averages, run, one in ((False, 5 * size + 2 * 2 * size, 3 * size), (True, 7 * size + 2 * 3 * size, 5 * size)):
+        for spare in (0, -1):
+            monkeypatch.setattr("textcraftor.checkpoints.free_bytes", lambda _, free=one + MARGIN + spare: free)
+            assert has_room(accelerator, tmp_path, trained, averages) == (spare == 0)
+            monkeypatch.setattr("textcraftor.checkpoints.free_bytes", lambda _, free=run + MARGIN + spare: free)
+            if spare:
+                with pytest.raises(UserError, match="GB free"):
+                    check_disk(tmp_path, trained, 3, averages)
+            else:
+                check_disk(tmp_path, trained, 3, averages)
+
+
+def test_options_that_make_no_sense_are_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse_options(["--model", "miniature"]).grad_steps == "15"  # as recorded when it is spelled out
     for options, message in (
+        (["--reward", "own.py:anchor=1"], "two columns of metrics.csv would be called anchor"),
         (["--ema", "1"], "--ema 1.0: must be below 1"),
         (["--anchor", "0.1", "--lr_text", "0", "--lr_unet", "1e-6"], "the text encoder is frozen"),
         (["--smooth", "-1"], "--smooth -1.0: must be at least 0"),

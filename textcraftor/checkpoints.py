@@ -32,17 +32,21 @@ class Trained(NamedTuple):
     learning_rate: float
 
 
-def checkpoint_bytes(trained: list[Trained]) -> tuple[int, int]:
-    """Bytes of one checkpoint's (weights, optimizer state): fp32 weights, and AdamW's two moments per weight."""
+def checkpoint_bytes(trained: list[Trained], averages: bool = False) -> tuple[int, int]:
+    """Bytes of one checkpoint's (weights, state): fp32 weights, and AdamW's two moments per weight.
+
+    averages: whether a moving average of the weights is kept, in the state and in a file of its own.
+    """
     weights = 4 * sum(parameter.numel() for part in trained for parameter in part.network.parameters())
-    return weights, 2 * weights
+    return weights, (3 if averages else 2) * weights
 
 
-def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
+def check_disk(folder: Path, trained: list[Trained], keep: int, averages: bool = False) -> None:
     """Raise UserError unless `folder` has room for a run that keeps `keep` checkpoints (0: room for at least one)."""
-    weights, state = checkpoint_bytes(trained)
-    # `keep` checkpoints, the best one, and a new one that is written before the oldest is deleted; the state likewise.
-    needed = (max(keep, 1) + 2) * weights + 2 * state + MARGIN
+    weights, state = checkpoint_bytes(trained, averages)
+    # `keep` checkpoints, the best one, and a new one that is written before the oldest is deleted; the state and the
+    # average likewise.
+    needed = (max(keep, 1) + 2 + 2 * averages) * weights + 2 * state + MARGIN
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"{folder}: {free / 1e9:.2f} GB free, and this run writes up to {needed / 1e9:.2f} GB of checkpoints; free "
@@ -50,9 +54,11 @@ def check_disk(folder: Path, trained: list[Trained], keep: int) -> None:
         )
 
 
-def has_room(accelerator, folder: Path, trained: list[Trained]) -> bool:
+def has_room(accelerator, folder: Path, trained: list[Trained], averages: bool = False) -> bool:
     """Whether the disk has room for one more checkpoint; the main process answers for all, so that they act alike."""
-    answer = [accelerator.is_main_process and free_bytes(folder) >= sum(checkpoint_bytes(trained)) + MARGIN]
+    weights, state = checkpoint_bytes(trained, averages)
+    needed = weights * (1 + averages) + state + MARGIN
+    answer = [accelerator.is_main_process and free_bytes(folder) >= needed]
     return broadcast_object_list(answer)[0]
 
 

@@ -8,10 +8,8 @@ does the default here; a smaller t_max gives rewards sharper images to score.
 
 from functools import partial
 
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
-
 from textcraftor.embeddings import embed_prompts
-from textcraftor.sampling import decode, predict_noise, predicted_latents
+from textcraftor.sampling import decode, predict_noise, recomputed
 
 
 def make_direct_images(
@@ -43,6 +41,20 @@ def denoise_once(predict, scheduler, z, noise, t, conditions, checkpoint=False):
         return predicted_latents(scheduler, z_t, t, predict(z_t, t, conditions))
 
     z_t = scheduler.add_noise(z, noise, t)
-    if checkpoint:
-        return recompute_in_backward(implied, z_t, use_reentrant=False, preserve_rng_state=False)
-    return implied(z_t)
+    return recomputed(implied, checkpoint)(z_t)
+
+
+def predicted_latents(scheduler, z_t, t, prediction):
+    """z_0 (B, C, h, w) according to a prediction at time steps t (B,), by the scheduler's prediction_type.
+
+    epsilon: (z_t − σ_t ε̂) / α_t; v_prediction: α_t z_t − σ_t v̂; sample: the prediction itself.
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(z_t)[t].reshape(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return (z_t - sigma * prediction) / alpha
+        case "v_prediction":
+            return alpha * z_t - sigma * prediction
+        case "sample":
+            return prediction

@@ -12,8 +12,8 @@ from huggingface_hub.utils import build_hf_headers
 
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes
+from textcraftor.options import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = None  # as a Source's folder: the Hugging Face cache (HF_HOME), where open_clip looks
 
 

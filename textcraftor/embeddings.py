@@ -14,10 +14,19 @@ Conditions = dict[str, torch.Tensor]
 _tokenizing = Lock()  # tokenizers store the current call's settings: one thread at a time
 
 
-def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
-    """B prompts, padded or cut to the model's L tokens -> the text encoder's last hidden state (B, L, D)."""
+def tokenize(tokenizer, prompts: list[str]) -> torch.Tensor:
+    """B prompts -> token ids (B, L) on the CPU, padded or cut to the model's L tokens."""
     with _tokenizing:
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def encode_prompts(tokenizer, text_encoder, prompts: list[str]) -> Conditions:
+    """B prompts -> the text encoder's last hidden state (B, L, D)."""
+    return encode_tokens(text_encoder, tokenize(tokenizer, prompts))
+
+
+def encode_tokens(text_encoder, tokens: torch.Tensor) -> Conditions:
+    """Token ids (B, L) -> the text encoder's last hidden state (B, L, D)."""
     return {"encoder_hidden_states": text_encoder(tokens.to(text_encoder.device)).last_hidden_state}
 
 
@@ -28,8 +37,9 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
     (1 - weighting) * original). The tuned encoder runs once, on "" and all prompts. If both encoders are the same
     object, both results are too. Several tuned encoders Tᵢ with weights wᵢ are mixed: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀.
     """
+    tokens = tokenize(networks.tokenizer, ["", *prompts])
     with torch.no_grad():
-        conditional = encode_prompts(networks.tokenizer, networks.original_encoder, prompts)
+        conditional = encode_tokens(networks.original_encoder, tokens[1:])
         rows = {name: torch.cat([networks.unconditional[name], value]) for name, value in conditional.items()}
         original = guidance_pair(rows)
     if networks.text_encoder is networks.original_encoder:
@@ -37,8 +47,7 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
     several = isinstance(networks.text_encoder, list)
     tuned = []
     for encoder, weight in networks.text_encoder if several else [Weighted(networks.text_encoder)]:
-        rows = encode_prompts(networks.tokenizer, encoder, ["", *prompts])
-        tuned.append((guidance_pair(rows), weighting * weight))
+        tuned.append((guidance_pair(encode_tokens(encoder, tokens)), weighting * weight))
     return original, mix(original, tuned)
 
 

@@ -48,6 +48,13 @@ def read_json_object(path: Path | str, advice: str) -> dict:
     return content
 
 
+def write_json(path, content):
+    """Write a JSON file, whole or not at all. A path that is not UTF-8 becomes escapes."""
+    with write_whole(path) as unfinished:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def free_bytes(folder: Path | str) -> int:
     """Free space, in bytes, on the disk that holds `folder`, which need not exist yet."""
     folder = Path(folder).absolute()

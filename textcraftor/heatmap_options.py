@@ -1,15 +1,20 @@
 """The options of heatmaps.py, and the words of a prompt. Nothing here imports torch: mistakes are answered at once."""
 
-import json
-import os
 from pathlib import Path
 
 import regex
 
 from textcraftor.errors import UserError
-from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS, check_tuned_steps, make_parser, require
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from textcraftor.files import check_writable
+from textcraftor.options import (
+    MINIATURE_MODEL,
+    TEST_SEED,
+    TEST_TUNED_STEPS,
+    check_tuned_steps,
+    make_parser,
+    miniature_defaults,
+    require,
+)
 
 # fmt: off
 OPTIONS = (
@@ -39,10 +44,9 @@ def parse_options(description, argv=None):
     parser.add_argument("prompt", help="what to draw, in quotes")
     args = parser.parse_args(argv)
     if args.model == "miniature":
-        folder = REPOSITORY / "miniature"
-        parser.set_defaults(guidance=json.loads((folder / "defaults.json").read_text())["guidance"])
+        parser.set_defaults(guidance=miniature_defaults()["guidance"])
         args = parser.parse_args(argv)
-        args.model = str(folder / "stable-diffusion")
+        args.model = MINIATURE_MODEL
     check_options(args)
     return args
 
@@ -64,9 +68,7 @@ def check_output(path):
         raise UserError(f"--output_path {path}: expected a name that ends in .png")
     if path.is_dir():
         raise UserError(f"--output_path {path}: is a folder; expected the name of a picture")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output_path {path}: cannot be written, since {parent} is not a folder you may write to")
+    check_writable(path.parent, "--output_path")
 
 
 def word_spans(prompt):

@@ -98,7 +98,8 @@ def _prepare(path, val_path, val_count, vae, size, folder):
     except UserError as problem:
         return {"problem": str(problem)}
     except OSError as problem:
-        return {"problem": f"{folder}: no room for the captions ({problem.strerror}); set TMPDIR to another folder"}
+        place = problem.filename or folder  # np.save and memory maps do not always name the file
+        return {"problem": f"{place}: {problem.strerror or problem}; if its disk is full, set TMPDIR to another folder"}
     lines = [describe_skipped(path, skipped)] if skipped else []
     lines += [
         f"{path}: {len(training)} pictures with captions to train on, {len(held_out)} prompts held out.",

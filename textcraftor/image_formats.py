@@ -181,17 +181,17 @@ def _named_alike(pictures, captions, skipped):
 
 def _table(path, skipped):
     """Pairs of one table of any format; raises UserError if it cannot be read or lacks a column."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    if mistake := _mistake(start):
-        raise UserError(f"{path}: is {mistake}")
     try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if mistake := _mistake(start):
+            raise UserError(f"{path}: is {mistake}")
         if start.startswith(b"PAR1"):
             yield from _parquet(path, skipped)
         elif suffix_of(path) in (".csv", ".tsv"):
             yield from _listed(path, _csv_rows(path), skipped)
         elif suffix_of(path) == ".parquet":
-            raise UserError(f"{path}: is no parquet file; it does not begin with PAR1")
+            raise UserError(f"{path}: is not a parquet file: it does not begin with PAR1")
         else:
             yield from _listed(path, json_records(path), skipped)
     except (ValueError, TypeError, OSError, EOFError, csv.Error) as problem:

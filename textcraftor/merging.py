@@ -7,7 +7,7 @@ import torch
 
 from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
-from textcraftor.mixing import Weighted, mix, original_share
+from textcraftor.mixing import Weighted, original_share
 from textcraftor.weight_files import read_text_encoder
 from textcraftor.weights import check_finite, check_fit, save_tensors
 
@@ -23,8 +23,8 @@ def merge(encoders: list[Weighted], base: str, output: Path | str) -> str:
     states = [read_text_encoder(path) for path, _ in terms]
     for (path, _), state in zip(terms[1:], states[1:], strict=True):
         check_same(state, path, states[0], terms[0].encoder)
-    tuned = [(state, weight) for state, (_, weight) in zip(states, encoders, strict=False)]
-    merged = mix(states[-1], [({name: value.float() for name, value in state.items()}, w) for state, w in tuned])
+    weighted = [(weight, state) for (_, weight), state in zip(terms, states, strict=True)]
+    merged = {name: sum(weight * state[name].float() for weight, state in weighted) for name in states[0]}
     check_finite(merged, output)
     save_tensors(merged, output, {"merged": json.dumps([describe(*term) for term in terms])})
     return " + ".join(f"{weight:.6g} * {path}" for path, weight in terms)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards.base import at_least_fp32
-from textcraftor.embeddings import Conditions
+from textcraftor.embeddings import Conditions, tokenize
+from textcraftor.errors import UserError
 
 EMBEDDINGS = "encoder_hidden_states"  # the prompts' token embeddings among Conditions
 
@@ -18,22 +19,25 @@ def training_objective(args, rewards, constraint, tokenizer, images, prompts, co
 
     args: options smooth, shared_text, anchor and clip_constraint; rewards: a RewardSum; constraint: a ClipConstraint if
     clip_constraint is not 0; conditions: of embed_prompts for these prompts. The scores are those of the rewards, of
-    the images as they are, then "clip_constraint" and "anchor" where these are in use.
+    the images as they are, then "clip_constraint" and "anchor" where these are in use. Raises UserError if nothing that
+    is scored has a gradient.
     """
-    features, seen = {}, images
+    features, texts, seen = {}, {}, images
     if args.smooth:
         at = images.detach().requires_grad_()
-        objective, scores = rewards(at, prompts, shared_text=args.shared_text)
+        objective, scores = rewards(at, prompts, texts=texts, shared_text=args.shared_text)
         if objective.requires_grad:
             (gradient,) = torch.autograd.grad(objective.sum(), at)
             seen = move_against(gradient, images, args.smooth)
-            objective, _ = rewards(seen, prompts, features, args.shared_text)
+            objective, _ = rewards(seen, prompts, features, texts, args.shared_text)
     else:
-        objective, scores = rewards(images, prompts, features, args.shared_text)
+        objective, scores = rewards(images, prompts, features, texts, args.shared_text)
+    if not (objective.requires_grad or args.clip_constraint):
+        raise UserError("no reward is differentiable in the images; train on at least one that is")
     if args.clip_constraint:
         if constraint.visual not in features:
             features[constraint.visual] = constraint.image_features(seen)
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = tokenize(tokenizer, prompts)
         pooled = pooled_embeddings(tokens, conditions[1][EMBEDDINGS].chunk(2)[1], tokenizer.eos_token_id)
         cosine = constraint.score(features[constraint.visual], pooled)
         objective = objective + args.clip_constraint * constraint.scale * cosine

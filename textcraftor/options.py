@@ -1,7 +1,9 @@
 """Build command-line parsers from a table of options; every error is one line."""
 
 import argparse
+import json
 import math
+from pathlib import Path
 
 from textcraftor.errors import UserError
 
@@ -20,6 +22,12 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
 }
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+MINIATURE = REPOSITORY / "miniature"
+MINIATURE_MODEL = str(MINIATURE / "stable-diffusion")
+
+# Terms of the training objective beside the rewards; those in use have columns, too.
+TERMS = ("clip_constraint", "anchor")
 # Columns of metrics.csv, apart from the rewards'.
 COLUMNS = ("step", "epoch", "total", "lr", "grad_norm", "skipped", "cut", "seconds", "images_per_second")
 
@@ -55,6 +63,11 @@ def make_parser(description, options):
 
     parser.error = fail
     return parser
+
+
+def miniature_defaults() -> dict:
+    """The miniature's own defaults of the training script's options."""
+    return json.loads((MINIATURE / "defaults.json").read_text())
 
 
 def require(args, bounds):
@@ -103,7 +116,7 @@ def reward_specs(named, own, monitors):
     monitored = list(dict.fromkeys(monitored))
     names = [spec.rpartition(":")[2] for spec in (*weighted, *monitored)]
     for name in names:
-        if name in COLUMNS or names.count(name) > 1:
+        if name in (*COLUMNS, *TERMS) or names.count(name) > 1:
             raise UserError(f"two columns of metrics.csv would be called {name}; rename the function")
     return weighted, monitored
 

@@ -84,6 +84,15 @@ def _fitting(tuned, own):
     return tuned
 
 
+def _token_embeddings(encoded):
+    """What encode_prompt returned -> {"+": of the prompts, "-": of the negative ones, if guidance needs them}.
+
+    SDXL's returns the pooled embeddings after these two; its first text encoder has no part in them.
+    """
+    positive, negative, *_ = encoded
+    return {"+": positive} if negative is None else {"+": positive, "-": negative}
+
+
 class _Switch:
     """What an attached pipeline calls in place of two of its own methods.
 
@@ -107,7 +116,7 @@ class _Switch:
         own, device = pipeline.text_encoder, pipeline._execution_device  # both change with the text encoder
         with _computed_once(getattr(pipeline, "text_encoder_2", None)):
             result = stock(pipeline, *args, **kwargs)
-            original = {name: value for name, value in zip("+-", result, strict=False) if value is not None}
+            original = _token_embeddings(result)
             embeddings = []
             for encoder, weight in self.tuned:
                 if encoder.get_input_embeddings().num_embeddings < own.get_input_embeddings().num_embeddings:
@@ -117,7 +126,7 @@ class _Switch:
                     )
                 pipeline.text_encoder = encoder.to(device)
                 try:
-                    values = dict(zip("+-", stock(pipeline, *args, **kwargs), strict=False))
+                    values = _token_embeddings(stock(pipeline, *args, **kwargs))
                 finally:
                     pipeline.text_encoder = own
                 embeddings.append(({name: values[name].to(original[name]) for name in original}, weight))

@@ -32,6 +32,19 @@ def read_options(folder):
     return read_json_object(Path(folder) / OPTIONS_FILE, "start another run elsewhere")
 
 
+def read_rows(path):
+    """The rows of a metrics.csv, dicts of numbers without the empty cells.
+
+    Raises OSError, ValueError or TypeError if the file is damaged; half a last row, as of a killed run, is left out.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(whole)]
+    if any("step" not in row for row in rows):
+        raise ValueError("a row has no step")
+    return rows
+
+
 class Record:
     """The rows of metrics.csv. The progress line, the curves and the best score are computed from them, so they are the
     same in a resumed run.
@@ -52,8 +65,8 @@ class Record:
             with write_whole(self.folder / OPTIONS_FILE) as file:
                 file.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
-    def resume(self, options, compared, last_step):
-        """Continue a run: drop rows after `last_step`. Raises UserError if any `compared` option has changed."""
+    def check(self, options, compared):
+        """Raise UserError if any `compared` option of the run to resume differs from `options`."""
         earlier = read_options(self.folder)
         options = json.loads(json.dumps(options))
         for name in compared:
@@ -67,15 +80,14 @@ class Record:
                     f"--resume: the run in {self.folder} {found}; repeat its options, or start another run with "
                     "another --output-path"
                 )
+
+    def resume(self, last_step):
+        """Continue a run: read its rows and drop those after `last_step`. Raises UserError if they are damaged."""
         try:
-            text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1].splitlines()  # a run killed while writing leaves half a last row
-            reader = csv.DictReader(whole)
-            rows = [{name: float(value) for name, value in row.items() if value} for row in reader]
-            self.rows = [row for row in rows if row["step"] <= last_step]
+            self.rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
             if [row["step"] for row in self.rows] != list(range(last_step + 1)):
                 raise ValueError(f"expected one row for each of the steps 0 to {last_step}, found {len(self.rows)}")
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (OSError, ValueError, TypeError) as problem:
             raise UserError(
                 f"--resume: {self.path} is damaged ({first_line(problem)}); start another run from the weights in "
                 f"{self.folder} with --text_path"

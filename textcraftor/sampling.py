@@ -83,10 +83,7 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
         for t in scheduler.timesteps[:first]:
             z = step(z, t, original)
     for t in scheduler.timesteps[first:]:
-        if checkpoint:
-            z = recompute_in_backward(step, z, t, tuned, use_reentrant=False, preserve_rng_state=False)
-        else:
-            z = step(z, t, tuned)
+        z = recomputed(step, checkpoint)(z, t, tuned)
     return z
 
 
@@ -101,10 +98,9 @@ def sample_detached(
     checkpoint=True). Source: DRTune (arXiv 2405.00760); also LongAlign. For DDIM, whose steps are linear.
     """
     first = first_tuned(scheduler, tuned_steps)
-    again = partial(recompute_in_backward, predict, use_reentrant=False, preserve_rng_state=False)
     for index, t in enumerate(scheduler.timesteps, -first):
         if index in graded:
-            prediction = (again if checkpoint else predict)(z.detach(), t, tuned)
+            prediction = recomputed(predict, checkpoint)(z.detach(), t, tuned)
         else:
             with torch.no_grad():
                 prediction = predict(z.detach(), t, tuned if index >= 0 else original)
@@ -125,25 +121,8 @@ def sample_one_prediction(
         for t in scheduler.timesteps[:stop]:
             z = scheduler.step(predict(z, t, original), t, z).prev_sample
     t = scheduler.timesteps[stop]
-    again = partial(recompute_in_backward, predict, use_reentrant=False, preserve_rng_state=False)
-    prediction = (again if checkpoint else predict)(z, t, tuned)
-    return predicted_latents(scheduler, z, t.expand(len(z)), prediction)
-
-
-def predicted_latents(scheduler, z_t, t, prediction):
-    """z_0 (B, C, h, w) according to a prediction at time steps t (B,), by the scheduler's prediction_type.
-
-    epsilon: (z_t − σ_t ε̂) / α_t; v_prediction: α_t z_t − σ_t v̂; sample: the prediction itself.
-    """
-    alpha_bar = scheduler.alphas_cumprod.to(z_t)[t].reshape(-1, 1, 1, 1)
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return (z_t - sigma * prediction) / alpha
-        case "v_prediction":
-            return alpha * z_t - sigma * prediction
-        case "sample":
-            return prediction
+    prediction = recomputed(predict, checkpoint)(z, t, tuned)
+    return scheduler.step(prediction, t, z).pred_original_sample
 
 
 def training_sampler(gradient, grad_steps, driven, seed, step):
@@ -186,9 +165,15 @@ def decode(vae, latents, checkpoint=False):
         return (decoded.to(z.dtype) / 2 + 0.5).clamp(0, 1)
 
     if checkpoint:
-        again = partial(recompute_in_backward, image, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(z) for z in latents.split(1)])
+        return torch.cat([recomputed(image)(z) for z in latents.split(1)])
     return image(latents)
+
+
+def recomputed(function, checkpoint=True):
+    """`function` with its activations recomputed in the backward pass; `function` itself if checkpoint is False."""
+    if not checkpoint:
+        return function
+    return partial(recompute_in_backward, function, use_reentrant=False, preserve_rng_state=False)
 
 
 def make_scheduler(config, steps, name="DDIM"):

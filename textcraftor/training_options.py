@@ -3,14 +3,11 @@
 import importlib.util
 import json
 import secrets
-from pathlib import Path
 
 from rewards import REWARDS
 from textcraftor.errors import UserError
-from textcraftor.options import make_parser, require, reward_specs
+from textcraftor.options import REPOSITORY, make_parser, require, reward_specs
 from textcraftor.run_folder import check_folder
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 # fmt: off
 OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or `-`.
@@ -132,7 +129,8 @@ def check_options(args):
         raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
     if (args.method == "direct") != bool(args.images):
         raise UserError("--method direct and --images FOLDER belong together: give both, or neither")
-    args.grad_range = read_range("grad_steps", str(args.grad_steps))
+    args.grad_steps = str(args.grad_steps)  # the miniature's default is a number
+    args.grad_range = read_range("grad_steps", args.grad_steps)
     if args.gradient == "refl" and args.grad_range != (1, 1):
         raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
     name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)

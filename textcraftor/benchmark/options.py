@@ -1,15 +1,24 @@
 """The options of test_parti.py and test_hpsv2.py. Nothing here imports torch: --help and mistakes answer at once."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
 from textcraftor.benchmark.prompt_lists import Benchmark
 from textcraftor.errors import UserError
 from textcraftor.mixing import Weighted, parse_weighted
-from textcraftor.options import SCHEDULERS, TEST_SEED, TEST_TUNED_STEPS, check_tuned_steps, make_parser, require
+from textcraftor.options import (
+    MINIATURE,
+    MINIATURE_MODEL,
+    REPOSITORY,
+    SCHEDULERS,
+    TEST_SEED,
+    TEST_TUNED_STEPS,
+    check_tuned_steps,
+    make_parser,
+    miniature_defaults,
+    require,
+)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "./stable-diffusion-v1-5"
 PAPER = "checkpoints/tc_text_e_0_iter_10000.pth"  # the paper's text encoder
 EXTENDER = "daspartho/prompt-extend"
@@ -67,12 +76,10 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     args.fetch, extender = not args.prompts, EXTENDER
     if args.model == "miniature":
-        folder = REPOSITORY / "miniature"
-        guidance = json.loads((folder / "defaults.json").read_text())["guidance"]
-        prompts = str(folder / "benchmarks" / benchmark.prompts)
-        parser.set_defaults(weights=str(folder), prompts=prompts, guidance=guidance, batch_size=16)
+        guidance, prompts = miniature_defaults()["guidance"], str(MINIATURE / "benchmarks" / benchmark.prompts)
+        parser.set_defaults(weights=str(MINIATURE), prompts=prompts, guidance=guidance, batch_size=16)
         args = parser.parse_args(argv)
-        args.model, args.fetch, extender = str(folder / "stable-diffusion"), False, str(folder / "extender")
+        args.model, args.fetch, extender = MINIATURE_MODEL, False, str(MINIATURE / "extender")
     args.encoders, args.text_path = encoders, " ".join(args.text_path)
     args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
     args.prompts = args.prompts or str(REPOSITORY / "prompts" / benchmark.prompts)

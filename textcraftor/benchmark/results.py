@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from textcraftor.errors import UserError, first_line
-from textcraftor.files import check_writable, read_json_object, write_whole
+from textcraftor.files import check_writable, read_json_object, write_json, write_whole
 
 GROUPS = 10  # per style; the standard deviation of their means is reported
 SCORING = ("hps_v", "clip", "aesthetic", "pickscore")  # settings that begin like this change scores, but no image
@@ -134,13 +133,6 @@ def read_settings(folder):
     if "benchmark" not in settings:
         raise UserError(f"{path}: holds no settings of a run; {ELSEWHERE}")
     return settings
-
-
-def write_json(path, content):
-    """Write a JSON file, whole or not at all. A path that is not UTF-8 becomes escapes."""
-    with write_whole(path) as unfinished:
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_results(folder, summary):

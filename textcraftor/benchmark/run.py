@@ -24,20 +24,21 @@ from textcraftor.benchmark.results import (
     read_settings,
     style_scores,
     summarize,
-    write_json,
     write_results,
 )
 from textcraftor.benchmark.scores import check_scorers, load_scorers, score_columns
 from textcraftor.benchmark.sources import Folder, Generator, check_folder
 from textcraftor.errors import UserError
+from textcraftor.files import write_json
 from textcraftor.hashes import weights_hash
 from textcraftor.models import check_model, quiet_libraries
 from textcraftor.options import check_all
-from textcraftor.precision import choose_precision
+from textcraftor.precision import PRECISIONS, choose_precision
 from textcraftor.weight_files import check_text_encoder, check_unet
 
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "accelerate", "pillow", "numpy")
-PRECISION_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # in settings.json: as options
+# By their types' names, which settings.json has.
+PRECISION_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in PRECISIONS.items()}
 
 
 def run(benchmark: Benchmark, args: Namespace, every_row: list[dict], rows: list[dict], settings: dict) -> None:

@@ -1,6 +1,5 @@
 """The model card of an exported text encoder: how to use it, what it was trained with, what that changed."""
 
-import csv
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rewards import REWARDS
 from textcraftor.downloads import SOURCES
 from textcraftor.errors import UserError, first_line
 from textcraftor.options import TEST_TUNED_STEPS
-from textcraftor.run_folder import read_options
+from textcraftor.run_folder import OPTIONS_FILE, read_options, read_rows
 from textcraftor.statistics import paired_interval
 from textcraftor.validation import load_look
 
@@ -89,7 +88,7 @@ COMFYUI_SWITCH = (
 def find_run(run: str, text_path: str) -> Path | None:
     """The output folder of the training run that --run names or that the weights lie in, if there is one."""
     folder = Path(run or Path(text_path).parent)
-    return folder if (folder / "options.json").is_file() else None
+    return folder if (folder / OPTIONS_FILE).is_file() else None
 
 
 def model_card(repo: str, form: str, file: str, model: str, training: list[str], note: str) -> str:
@@ -152,7 +151,9 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
     parts = ["\n".join(lines)]
     before, after = (next((row for row in rows if row["step"] == number), {}) for number in (0, step))
     names = [name for name in after if name.startswith("val_") and name in before]
-    if step and names:
+    # With --ema, the scores and pictures are those of the average, whatever lies in the file of the newest weights.
+    shown = not options.get("ema") or Path(text_path).stem.endswith(("_best", "_ema"))
+    if shown and step and names:
         lines = [f"## Held-out prompts, before and after {step:g} updates", ""]
         lines += ["| score | before | after | change | 95 % interval |", "| --- | --- | --- | --- | --- |"]
         intervals = paired_intervals(run) if step == rows[-1]["step"] else {}
@@ -162,7 +163,7 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
             cells = (name.removeprefix("val_"), f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}", low_high)
             lines += [f"| {' | '.join(cells)} |"]
         parts += ["\n".join(lines)]
-    if (run / PICTURE).is_file():
+    if shown and (run / PICTURE).is_file():
         parts += [f"![held-out prompts before and after tuning]({PICTURE})"]
     return parts
 
@@ -170,10 +171,8 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.csv; empty cells are left out. Raises UserError if the file is damaged."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        return [row | {"step": row["step"]} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        return read_rows(path)
+    except (OSError, ValueError, TypeError) as problem:
         raise UserError(
             f"{path}: cannot be read ({first_line(problem)}); name another training run with --run"
         ) from problem
@@ -185,6 +184,8 @@ def step_of(text_path: str, rows: list[dict[str, float]]) -> float | None:
     if path.stem.endswith("_best"):
         best = max((row for row in rows if "val_total" in row), key=lambda row: row["val_total"], default={})
         return best.get("step")
+    if path.stem.endswith("_ema"):  # written with the newest checkpoint
+        return rows[-1]["step"] if rows else None
     if number := re.search(r"_iter_(\d+)$", path.resolve().stem):  # tc_text.safetensors is a link to the newest
         return float(number[1])
     return None

@@ -1,13 +1,13 @@
 """Options of export.py. Nothing here imports torch: --help and mistakes are answered at once."""
 
-import os
 import re
 from pathlib import Path
 
 from textcraftor.errors import UserError
-from textcraftor.options import make_parser, require
+from textcraftor.files import check_writable
+from textcraftor.options import MINIATURE_MODEL, make_parser, require
+from textcraftor.run_folder import OPTIONS_FILE
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FILE_FORMS = ("clip_l", "checkpoint", "lora", "lora_kohya")
 FOLDER_FORMS = ("diffusers", "text_encoder")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -31,7 +31,7 @@ def parse_options(description: str, argv: list[str] | None = None):
     """Command line -> options, checked as far as that needs no model. Raises UserError, one line."""
     args = make_parser(description, OPTIONS).parse_args(argv)
     if args.model == "miniature":
-        args.model = str(REPOSITORY / "miniature" / "stable-diffusion")
+        args.model = MINIATURE_MODEL
     if not args.text_path:
         raise UserError("--text_path is missing: name the tuned text encoder, such as output/tc_text.safetensors")
     if not args.output_path:
@@ -44,7 +44,7 @@ def parse_options(description: str, argv: list[str] | None = None):
         check_new_folder(args.output_path)
     if args.push_to_hub and not REPO_ID.fullmatch(args.push_to_hub):
         raise UserError(f"--push_to_hub {args.push_to_hub}: expected USER/NAME, such as ada/textcraftor-anime")
-    if args.run and not (Path(args.run) / "options.json").is_file():
+    if args.run and not (Path(args.run) / OPTIONS_FILE).is_file():
         raise UserError(f"--run {args.run}: no options.json in it; expected the output folder of a training run")
     if args.run and not args.push_to_hub:
         raise UserError("--run: is for the model card of --push_to_hub; leave it out, or give --push_to_hub USER/NAME")
@@ -57,7 +57,7 @@ def check_new_file(path: Path | str) -> None:
         raise UserError(f"--output_path {path}: expected a file name that ends in .safetensors")
     if Path(path).exists():
         raise UserError(f"--output_path {path}: exists already; delete it or choose another name")
-    _check_place(path)
+    check_writable(Path(path).parent, "--output_path")
 
 
 def check_new_folder(path: Path | str) -> None:
@@ -67,12 +67,4 @@ def check_new_folder(path: Path | str) -> None:
         raise UserError(f"--output_path {path}: this form is a folder; expected a name without .safetensors")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"--output_path {path}: exists already; delete it or choose another name")
-    _check_place(path)
-
-
-def _check_place(path):
-    parent = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise UserError(f"--output_path {path}: {parent} is a file; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output_path {path}: no permission to write in {parent}; choose another place")
+    check_writable(Path(path).parent, "--output_path")
