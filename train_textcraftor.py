@@ -51,6 +51,7 @@ from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_d
 from textcraftor.direct import make_direct_images
 from textcraftor.embeddings import count_cut, embed_prompts
 from textcraftor.hashes import run_content
+from textcraftor.lora import add_lora
 from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
 from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
@@ -107,8 +108,9 @@ def set_up(args, functions):
         load_text_encoder(text_encoder, args.text_path)
     model.text_encoder.to(device, low_precision)
     model.vae.to(device, low_precision)
-    model.unet.to(device, torch.float32 if args.lr_unet else low_precision)
-    text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
+    full = args.lora_rank == 0  # beside a LoRA, the network's own weights are frozen
+    model.unet.to(device, torch.float32 if args.lr_unet and full else low_precision)
+    text_encoder.to(device, torch.float32 if args.lr_text and full else low_precision)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
@@ -125,18 +127,22 @@ def set_up(args, functions):
     content = data.content | run_content(model, text_encoder, scored, own) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
-    trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
+    lora = bool(args.lora_rank)
+    trained = [
+        Trained("text_encoder", text_encoder, args.lr_text, lora), Trained("unet", model.unet, args.lr_unet, lora),
+    ]  # fmt: skip
     trained = [part for part in trained if part.learning_rate]
     if accelerator.is_fsdp2:
         model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
     networks = make_networks(model, text_encoder)
-    groups = [{"params": [*part.network.requires_grad_().parameters()], "lr": part.learning_rate} for part in trained]
+    for part in trained:
+        part.network.requires_grad_()
+        if args.lora_rank:
+            add_lora(part.network, part.part, args.lora_rank, args.lora_alpha or args.lora_rank, args.seed)
+    groups = [{"params": part.weights(), "lr": part.learning_rate} for part in trained]
     *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
-    by_name = {part.name: part.network for part in trained}
-    networks = networks._replace(
-        text_encoder=by_name.get("tc_text", networks.text_encoder), unet=by_name.get("tc_unet", networks.unet)
-    )
+    networks = networks._replace(**{part.part: part.network for part in trained})
     ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
     if ema:
         accelerator.register_for_checkpointing(ema)

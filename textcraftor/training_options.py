@@ -33,6 +33,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
+    ("--lora_rank",        0,                         "train a LoRA of this rank, not all weights; 0 = all weights"),
+    ("--lora_alpha",       0.0,                       "scale of the LoRA: alpha / rank; 0 = the rank, a scale of 1"),
     ("--lr_warmup_steps",  0,                         "steps of linear learning-rate warm-up"),
     ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "schedule after warm-up"),
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
@@ -116,7 +118,7 @@ def check_options(args):
     """Raise UserError (one line) for options that are invalid or contradict each other."""
     require(args, {
         "step driven batch_size gradient_accumulation_steps val_count": 1,
-        "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
+        "lr_text lr_unet lora_rank lora_alpha lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
         "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
     if args.ema >= 1:
@@ -140,6 +142,8 @@ def check_options(args):
             f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
             f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
+    if args.lora_alpha and not args.lora_rank:
+        raise UserError(f"--lora_alpha {args.lora_alpha} scales a LoRA; set its rank as well, such as --lora_rank 16")
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
     if args.lr_text == args.lr_unet == 0:
