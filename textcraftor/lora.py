@@ -29,13 +29,16 @@ def add_lora(network: nn.Module, part: str, rank: int, alpha: float, seed: int) 
     for name, layer in network.named_modules():
         if name.endswith(endings) and rank > min(layer.weight.shape):
             raise UserError(f"--lora_rank {rank}: {name} has only {min(layer.weight.shape)} inputs or outputs")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*LAYERS[part]]), network)
+    # peft would make the new weights in the network's own precision; so it makes them without contents.
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*LAYERS[part]])
+    inject_adapter_in_model(config, network, low_cpu_mem_usage=True)
+    device = next(network.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for down, up in _adapters(network).values():
-            fresh = nn.Linear(down.in_features, down.out_features, bias=False)  # on the CPU: the same for all devices
-            down.to(torch.float32).load_state_dict(fresh.state_dict())
-            nn.init.zeros_(up.to(torch.float32).weight)
+            fresh = nn.Linear(down.in_features, down.out_features, bias=False, device="cpu")  # the same on all devices
+            down.weight = nn.Parameter(fresh.weight.data.to(device))
+            up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
 
 
 def save_lora(network: nn.Module, part: str, path: Path | str) -> None:
