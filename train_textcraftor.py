@@ -19,7 +19,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -37,7 +37,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from rewards import REWARDS, check_files
@@ -46,6 +45,8 @@ from rewards.own import load_function
 from rewards.sum import RewardSum
 from rewards.training import load_rewards
 from textcraftor import checkpoints
+from textcraftor.averaging import EMAModel, averaged, make_average
+from textcraftor.bank import Bank, start_bank, with_bank
 from textcraftor.checkpoints import Trained
 from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_data
 from textcraftor.direct import make_direct_images
@@ -58,9 +59,9 @@ from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.run_folder import Record, read_options
 from textcraftor.sampling import make_images, make_scheduler, training_sampler
-from textcraftor.stream import batch_numbers
+from textcraftor.stream import batch_numbers, reused
 from textcraftor.trackers import start_trackers
-from textcraftor.validation import PICTURES, look, show_results
+from textcraftor.validation import PICTURES, held_out_bank, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
 WINDOW = 20  # the progress line shows averages over this many steps
@@ -71,7 +72,9 @@ def main(argv=None):
     args = parse_options(argv)
     quiet_libraries()
     functions = check_inputs(args)
-    run, first_step, last_step = set_up(args, functions)
+    if (ready := set_up(args, functions)) is None:  # --fill
+        return
+    run, first_step, last_step = ready
     after = train(run, first_step, last_step)
     if after and run.accelerator.is_main_process:
         show_results(run, last_step, after)
@@ -80,7 +83,7 @@ def main(argv=None):
 
 def check_inputs(args):
     """Report all missing or unusable files at once, before loading any model -> {user's own reward: function}."""
-    specs = [*args.weighted, *args.monitored]
+    specs = [] if args.fill else [*args.weighted, *args.monitored]
     checks = [(check_model, args.model), *data_checks(args)]
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
     checks += [(check_constraint, args.weights)] if args.clip_constraint else []
@@ -89,7 +92,10 @@ def check_inputs(args):
 
 
 def set_up(args, functions):
-    """Prepare prompts, networks, rewards, optimizer and run folder -> (Run, steps already done, last step)."""
+    """Prepare prompts, networks, rewards, optimizer and run folder -> (Run, steps already done, last step).
+
+    With --fill, only fill the bank -> None.
+    """
     output = Path(args.output_path)
     why = settle_precision(args)
     accelerator = make_accelerator(args, loss_scale=2.0 ** (MOST_SKIPS - 1))
@@ -118,6 +124,11 @@ def set_up(args, functions):
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
     say("\n".join(data.lines))
     say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
+    scheduler, bank = make_scheduler(model.scheduler_config, args.step), None
+    if args.bank:
+        bank = start_bank(args, accelerator, model, scheduler, data, last_step, global_batch, say)
+    if args.fill:
+        return None
 
     rewards, monitors, constraint = load_rewards(
         args, functions, data.prompts, model.text_encoder, device, low_precision
@@ -127,11 +138,8 @@ def set_up(args, functions):
     content = data.content | run_content(model, text_encoder, scored, own) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
-    lora = bool(args.lora_rank)
-    trained = [
-        Trained("text_encoder", text_encoder, args.lr_text, lora), Trained("unet", model.unet, args.lr_unet, lora),
-    ]  # fmt: skip
-    trained = [part for part in trained if part.learning_rate]
+    parts = (("text_encoder", text_encoder, args.lr_text), ("unet", model.unet, args.lr_unet))
+    trained = [Trained(*part, lora=bool(args.lora_rank)) for part in parts if part[2]]
     if accelerator.is_fsdp2:
         model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
     networks = make_networks(model, text_encoder)
@@ -143,9 +151,7 @@ def set_up(args, functions):
     *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
     networks = networks._replace(**{part.part: part.network for part in trained})
-    ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
-    if ema:
-        accelerator.register_for_checkpointing(ema)
+    average = make_average(accelerator, optimizer_parameters(optimizer), args.ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
@@ -159,25 +165,25 @@ def set_up(args, functions):
     if args.resume:
         record.check(options, compared if is_main else [])  # only the main process has the hashes
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
-        if ema:
-            ema.to(device)
+        if average:
+            average.to(device)
         last_step = max(first_step, last_step)
         record.resume(first_step)
         options["tracker run"] = read_options(output)["tracker run"]
         say(f"resuming the run in {output} after step {first_step}")
     else:
-        checkpoints.check_disk(output, trained, args.keep_checkpoints, bool(ema))
+        checkpoints.check_disk(output, trained, args.keep_checkpoints, bool(average))
         record.start(options)
         record.add({"step": 0})
     if is_main:
         data.write_skipped(output)
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
-    scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
         args, accelerator, output, data, sample, scheduler, latent_shape(model),
-        networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
+        networks, rewards, monitors, constraint, trained, optimizer, average, bank, held_out_bank(args), factor, record,
+        say,
     )  # fmt: skip
     return run, first_step, last_step
 
@@ -212,7 +218,7 @@ def train(run, first_step, last_step):
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.ema)):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.average)):
                         save(run, step)
                     else:
                         say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
@@ -241,7 +247,9 @@ class Run(NamedTuple):
     constraint: ClipConstraint | None
     trained: list[Trained]
     optimizer: torch.optim.Optimizer
-    ema: EMAModel | None  # moving average of the trained weights
+    average: EMAModel | None  # of the trained weights
+    bank: Bank | None  # keeps the first steps of training prompts
+    held_out_bank: Bank | None  # and of held-out ones
     factor: Callable  # step -> learning-rate multiplier
     record: Record
     say: Callable  # prints a line above the progress bar, on the main process only
@@ -250,18 +258,9 @@ class Run(NamedTuple):
     def names(self):
         return [reward.name for reward in self.rewards.rewards]
 
-    @contextmanager
     def averaged(self):
-        """The trained networks have the weights' moving average inside, if there is one."""
-        weights = optimizer_parameters(self.optimizer)
-        if self.ema:
-            self.ema.store(weights)
-            self.ema.copy_to(weights)
-        try:
-            yield
-        finally:
-            if self.ema:
-                self.ema.restore(weights)
+        """A context in which the trained networks have the weights' moving average, if there is one."""
+        return averaged(self.average, optimizer_parameters(self.optimizer))
 
     @property
     def global_batch(self):
@@ -288,7 +287,10 @@ def train_step(run, step, check_stop):
     for number in range(accumulation):
         check_stop()
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
+        numbers = reused(numbers, run.global_batch, args.reuse, args.seed)
         prompts, *start = run.data.batch(run.shape, numbers)
+        if run.bank:
+            sample = partial(run.sample, sampler=with_bank(run.bank, sampler, prompts, *start), tuned_steps=tuned_steps)
         with ExitStack() as local:
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients only after the last
                 local.enter_context(accelerator.no_sync(part.network))
@@ -311,8 +313,8 @@ def train_step(run, step, check_stop):
         group["lr"] = part.learning_rate * run.factor(step)
     if not skip:
         optimizer.step()
-        if run.ema:
-            run.ema.step(parameters)
+        if run.average:
+            run.average.step(parameters)
     elif accelerator.scaler:
         accelerator.scaler.update()
     optimizer.zero_grad()
@@ -328,7 +330,7 @@ def save(run, step):
     """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
     epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
-    if run.ema:
+    if run.average:
         with run.averaged():
             checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
 

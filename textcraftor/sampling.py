@@ -3,10 +3,11 @@
 Training, validation and the benchmarks all make images with `make_images`. It calls a sampler, a function of tensors
 that decides which steps use the tuned conditions and where gradient flows:
 
-    sampler(predict, scheduler, z_T, original, tuned, tuned_steps, checkpoint, generators) -> z_0
+    sampler(predict, scheduler, z_T, original, tuned, tuned_steps, checkpoint, generators, start=0) -> z_0
 
-where predict(z_t, t, conditions) -> guided noise prediction. To add a way to sample or to differentiate, add a sampler;
-`training_sampler` chooses the one that --gradient names.
+where predict(z_t, t, conditions) -> guided noise prediction. With start > 0 that many steps of the scheduler are done
+already, and z is what they led to: bank.py keeps such latents. To add a way to sample or to differentiate, add a
+sampler; `training_sampler` chooses the one that --gradient names.
 Latents and the scheduler's arithmetic are fp32 everywhere; each network computes in the type of its weights.
 """
 
@@ -65,7 +66,7 @@ def predict_noise(unet, guidance, z, t, conditions):
     return unconditional + guidance * (conditional - unconditional)
 
 
-def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None):
+def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, start=0):
     """Run all T steps of `scheduler`, the last K = tuned_steps with `tuned` and gradient (the paper's; DRaFT-K).
 
     z: (B, C, h, w), z_T. The first T − K steps use `original` and carry no gradient. With checkpoint=True each of the
@@ -80,7 +81,7 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
         return scheduler.step(prediction, t, z, **step_noise(scheduler, generators)).prev_sample
 
     with torch.no_grad():
-        for t in scheduler.timesteps[:first]:
+        for t in scheduler.timesteps[start:first]:
             z = step(z, t, original)
     for t in scheduler.timesteps[first:]:
         z = recomputed(step, checkpoint)(z, t, tuned)
@@ -88,7 +89,7 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
 
 
 def sample_detached(
-    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, graded
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, graded, start=0
 ):  # fmt: skip
     """As sample_last_k, but gradient flows through some predictions only, each with its input latents detached.
 
@@ -98,7 +99,7 @@ def sample_detached(
     checkpoint=True). Source: DRTune (arXiv 2405.00760); also LongAlign. For DDIM, whose steps are linear.
     """
     first = first_tuned(scheduler, tuned_steps)
-    for index, t in enumerate(scheduler.timesteps, -first):
+    for index, t in enumerate(scheduler.timesteps[start:], start - first):
         if index in graded:
             prediction = recomputed(predict, checkpoint)(z.detach(), t, tuned)
         else:
@@ -109,7 +110,7 @@ def sample_detached(
 
 
 def sample_one_prediction(
-    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, index
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, index, start=0
 ):  # fmt: skip
     """The image that one guided prediction with `tuned` foresees: x̂_0 = (z_t - σ_t ε̂) / α_t, the rest is never run.
 
@@ -118,11 +119,25 @@ def sample_one_prediction(
     """
     stop = first_tuned(scheduler, tuned_steps) + index
     with torch.no_grad():
-        for t in scheduler.timesteps[:stop]:
+        for t in scheduler.timesteps[start:stop]:
             z = scheduler.step(predict(z, t, original), t, z).prev_sample
     t = scheduler.timesteps[stop]
     prediction = recomputed(predict, checkpoint)(z, t, tuned)
     return scheduler.step(prediction, t, z).pred_original_sample
+
+
+def sample_prefix(predict, scheduler, z, original, stops):
+    """The latents (B, S, C, h, w) before each of the S steps with indices `stops`, in ascending order.
+
+    z: (B, C, h, w), z_T. All steps use `original`. For DDIM, whose steps need nothing of those before.
+    """
+    kept = []
+    for index, t in enumerate(scheduler.timesteps[: stops[-1] + 1]):
+        if index in stops:
+            kept.append(z)
+        if index < stops[-1]:
+            z = scheduler.step(predict(z, t, original), t, z).prev_sample
+    return torch.stack(kept, dim=1)
 
 
 def training_sampler(gradient, grad_steps, driven, seed, step):
