@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, TERMS, check_all
-from textcraftor.training_options import parse_options, recorded_options
+from textcraftor.training_options import parse_options, recorded_options, sampling_settings
 
 if __name__ == "__main__":
     run_program(parse_options)  # before the slow imports, so that --help and errors appear at once
@@ -139,10 +139,10 @@ def set_up(args, functions):
 
     # The trained networks, their optimizer, and the networks that make images.
     parts = (("text_encoder", text_encoder, args.lr_text), ("unet", model.unet, args.lr_unet))
-    trained = [Trained(*part, lora=bool(args.lora_rank)) for part in parts if part[2]]
+    trained = [Trained(*part, bool(args.lora_rank), sampling_settings(args)) for part in parts if part[2]]
     if accelerator.is_fsdp2:
         model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
-    networks = make_networks(model, text_encoder)
+    networks = make_networks(model, text_encoder, args.tune_unconditional == "on")
     for part in trained:
         part.network.requires_grad_()
         if args.lora_rank:

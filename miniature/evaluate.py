@@ -23,6 +23,7 @@ from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid
 from textcraftor.precision import PRECISIONS, choose_precision
 from textcraftor.prompts import read_prompts
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.sampling import make_images, make_scheduler
 from textcraftor.statistics import paired_table
 from textcraftor.validation import validate, validation_noise
@@ -64,7 +65,7 @@ def main() -> None:
     judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in ("right", "clean", "right_and_clean")]
 
     def look(encoder):
-        networks = make_networks(model, encoder)
+        networks = make_networks(model, encoder, tunes_unconditional([args.text_path]))
 
         def sample(batch, indices):
             noise = validation_noise([args.start + i for i in indices], shape)

@@ -10,7 +10,9 @@ another version of these libraries.
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -19,9 +21,10 @@ from accelerate.utils import broadcast_object_list
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
 from textcraftor.lora import load_lora, save_diffusers_lora, save_lora
+from textcraftor.recorded import record
 from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
-SAVE = {"text_encoder": save_text_encoder, "unet": save_unet}  # (state dict, path)
+SAVE = {"text_encoder": save_text_encoder, "unet": save_unet}  # (state dict, path, metadata)
 LOAD = {"text_encoder": load_text_encoder, "unet": load_unet}  # (network, path), strictly, in place
 MARGIN = 2**20  # bytes for pictures, metrics and the rest
 
@@ -33,6 +36,7 @@ class Trained(NamedTuple):
     network: torch.nn.Module  # as accelerator.prepare returned it
     learning_rate: float
     lora: bool = False  # train and save a LoRA instead of all weights
+    settings: Mapping = MappingProxyType({})  # how the run samples, for the metadata of its files
 
     @property
     def name(self) -> str:
@@ -81,9 +85,9 @@ def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str)
         if not part.lora:
             state = accelerator.get_state_dict(part.network)
             if accelerator.is_main_process:
-                SAVE[part.part](state, path)
+                SAVE[part.part](state, path, record(part.settings))
         elif accelerator.is_main_process:
-            save_lora(accelerator.unwrap_model(part.network), part.part, path)
+            save_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
 
 
 def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
@@ -107,7 +111,7 @@ def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int
             link(folder / f"{part.name}{suffix}.safetensors", folder / f"{part.name}.safetensors")
             if part.lora:
                 path = folder / f"{part.name}_diffusers.safetensors"
-                save_diffusers_lora(accelerator.unwrap_model(part.network), part.part, path)
+                save_diffusers_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
             weights = sorted(folder.glob(f"{part.name}_e_*_iter_*.safetensors"), key=_step)
             for path in weights[:-keep] if keep else []:
                 path.unlink()

@@ -41,16 +41,16 @@ def add_lora(network: nn.Module, part: str, rank: int, alpha: float, seed: int) 
             up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
 
 
-def save_lora(network: nn.Module, part: str, path: Path | str) -> None:
+def save_lora(network: nn.Module, part: str, path: Path | str, metadata: dict[str, str]) -> None:
     """Write the LoRA that add_lora added in kohya's format, fp32: A1111, ComfyUI and diffusers read it."""
     factors = trained_factors(network)
     (rank, alpha) = next((len(down), scale * len(down)) for down, _, scale in factors.values())
-    save_tensors(kohya_lora(part, factors), path, kohya_metadata(rank, alpha))
+    save_tensors(kohya_lora(part, factors), path, metadata | kohya_metadata(rank, alpha))
 
 
-def save_diffusers_lora(network: nn.Module, part: str, path: Path | str) -> None:
+def save_diffusers_lora(network: nn.Module, part: str, path: Path | str, metadata: dict[str, str]) -> None:
     """Write the LoRA that add_lora added in diffusers' format, fp32."""
-    save_tensors(diffusers_lora(part, trained_factors(network)), path)
+    save_tensors(diffusers_lora(part, trained_factors(network)), path, metadata)
 
 
 def trained_factors(network: nn.Module) -> dict[str, Factors]:

@@ -7,7 +7,8 @@ import secrets
 from rewards import REWARDS
 from textcraftor.errors import UserError
 from textcraftor.files import check_writable
-from textcraftor.options import REPOSITORY, make_parser, require, reward_specs
+from textcraftor.options import REPOSITORY, TEST_TUNED_STEPS, make_parser, require, reward_specs
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.run_folder import check_folder
 
 # fmt: off
@@ -49,6 +50,7 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--bank",             "",                        "folder for first steps, computed once and shared by runs"),
     ("--reuse",            1,                         "--bank: times that each prompt's noise is used in training"),
     ("--fill",             False,                     "--bank: compute it for the whole run, then stop"),
+    ("--tune_unconditional", ("", "on", "off"),       "tuned encoder for the empty prompt, too (default: on)"),
     ("--t_min",            0,                         "--method direct: least noise, as a time step"),
     ("--t_max",            999,                       "--method direct: most noise, as a time step"),
     # Batches and duration.
@@ -102,6 +104,8 @@ def parse_options(argv=None):
         args = parser.parse_args(argv)
         args.model = str(folder / "stable-diffusion")
     check_options(args)
+    if not args.tune_unconditional:
+        args.tune_unconditional = "on" if tunes_unconditional([args.text_path]) else "off"
     named = {name: getattr(args, name) for name in REWARDS}
     args.weighted, args.monitored = reward_specs(named, args.reward, args.monitor)
     return args
@@ -165,6 +169,17 @@ def check_options(args):
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     if not args.fill:  # which writes nothing there
         check_folder(args.output_path, args.resume)
+
+
+def sampling_settings(args):
+    """How this run samples, for the metadata of its weights: the test programs' defaults, and what made them.
+
+    grad_steps is that of the test programs, the number of last steps that the tuned encoder drives.
+    """
+    driven = min(args.step, TEST_TUNED_STEPS) if args.gradient == "last_k" else args.driven
+    tested = {"step": args.step, "grad_steps": driven, "guidance": args.guidance}
+    trained = {"gradient": args.gradient, "trained grad_steps": args.grad_steps, "method": args.method}
+    return tested | {"tune_unconditional": args.tune_unconditional} | trained
 
 
 def recorded_options(args, global_batch, last_step, content):

@@ -5,7 +5,9 @@ public_state and load_public_state: the names in CLIPTextModel.state_dict() diff
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
@@ -72,9 +74,11 @@ def _text_name(name):
     return f"text_model.{without_wrappers(name).removeprefix('text_model.')}"
 
 
-def save_text_encoder(state: dict[str, torch.Tensor], path: Path | str) -> None:
+def save_text_encoder(
+    state: dict[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write a CLIPTextModel's state dict as fp32 safetensors under its public names."""
-    save_tensors({name: value.float() for name, value in public_state(state).items()}, path)
+    save_tensors({name: value.float() for name, value in public_state(state).items()}, path, metadata)
 
 
 save_unet = save_text_encoder  # public_state knows either network

@@ -51,18 +51,18 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
 
 
 @torch.inference_mode()
-def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0):
+def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0, tune_unconditional=True):
     """B prompts -> images (B, 3, H, W) in [0, 1], fp32, on the pipeline's device, made as in training.
 
     tuned: a text encoder, or a list of mixing.Weighted ones. Latents and scheduler are fp32; each network computes in
     the type of its weights. The last grad_steps steps use weighting * tuned + (1 - weighting) * original text
-    embeddings in both branches of guidance, the steps before the original ones. All random numbers of image i derive
-    from (seed, indices[i]). Threads may share the pipeline.
+    embeddings, in both branches of guidance or, without tune_unconditional, in the prompts' alone; the steps before the
+    original ones. All random numbers of image i derive from (seed, indices[i]). Threads may share the pipeline.
     """
     model = _model(pipeline)
     noise = prompt_noise(seed, indices, latent_shape(model))
     return make_images(
-        make_networks(model, tuned), pipeline.scheduler, prompts, noise,
+        make_networks(model, tuned, tune_unconditional), pipeline.scheduler, prompts, noise,
         tuned_steps=grad_steps, guidance=guidance, weighting=weighting, generators=step_generators(seed, indices),
     )  # fmt: skip
 

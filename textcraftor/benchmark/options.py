@@ -18,6 +18,7 @@ from textcraftor.options import (
     miniature_defaults,
     require,
 )
+from textcraftor.recorded import TESTED, shared_settings
 
 MODEL = "./stable-diffusion-v1-5"
 PAPER = "checkpoints/tc_text_e_0_iter_10000.pth"  # the paper's text encoder
@@ -44,6 +45,7 @@ OPTIONS = (
     ("--step",             25,                  "T, number of sampling steps"),
     ("--grad_steps",       TEST_TUNED_STEPS,    "number of last steps that use the tuned text encoder"),
     ("--guidance",         7.5,                 "classifier-free guidance scale"),
+    ("--tune_unconditional", ("", "on", "off"), "tuned encoder for the empty prompt, too"),
     ("--prompt_weighting", 1.0,                 "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--seed",             TEST_SEED,           "seed of the noise; each prompt has its own noise"),
     ("--batch-size",       8,                   "images per batch on each device"),
@@ -52,7 +54,7 @@ OPTIONS = (
 )
 # fmt: on
 # Options that change the images. The images of --score_only were made without them.
-SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "seed")
+SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "tune_unconditional", "seed")
 
 
 def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None = None) -> Namespace:
@@ -74,11 +76,16 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args = parser.parse_args(argv)
     args.encoders = encoders
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
-    args.fetch, extender = not args.prompts, EXTENDER
-    if args.model == "miniature":
+    fetch, extender, miniature = not args.prompts, EXTENDER, args.model == "miniature"
+    given = given_options(parser, argv)
+    if miniature:
         guidance, prompts = miniature_defaults()["guidance"], str(MINIATURE / "benchmarks" / benchmark.prompts)
         parser.set_defaults(weights=str(MINIATURE), prompts=prompts, guidance=guidance, batch_size=16)
-        args = parser.parse_args(argv)
+    # What the weights were trained for comes before these defaults, and flags come before both.
+    parser.set_defaults(**{"tune_unconditional": "on"} | shared_settings([path for path, _ in encoders], given))
+    args = parser.parse_args(argv)
+    args.fetch = fetch
+    if miniature:
         args.model, args.fetch, extender = MINIATURE_MODEL, False, str(MINIATURE / "extender")
     args.encoders, args.text_path = encoders, " ".join(args.text_path)
     args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
@@ -86,6 +93,15 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args.output_path = args.output_path or args.score_only or default_output
     check_options(args)
     return args
+
+
+def given_options(parser, argv):
+    """Those of the options TESTED that are on the command line."""
+    defaults = {name: parser.get_default(name) for name in TESTED}
+    parser.set_defaults(**dict.fromkeys(TESTED))
+    args = parser.parse_args(argv)
+    parser.set_defaults(**defaults)
+    return {name for name in TESTED if getattr(args, name) is not None}
 
 
 def parse_encoders(specs: list[str]) -> list[Weighted]:

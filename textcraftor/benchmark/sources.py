@@ -83,6 +83,7 @@ class Generator:
         return generate(
             self.pipeline, self.tuned, prompts, indices, seed=self.args.seed, grad_steps=self.args.grad_steps,
             guidance=self.args.guidance, weighting=self.args.prompt_weighting,
+            tune_unconditional=self.args.tune_unconditional == "on",
         )  # fmt: skip
 
     def _save_and_score(self, images, rows):
