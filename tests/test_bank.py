@@ -1,8 +1,10 @@
 """The trajectory bank: first sampling steps computed once change no result."""
 
+import copy
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from test_train import ROOT, command, same_weights, table, train, two_processes,
 
 from textcraftor import bank as banks
 from textcraftor import sampling
+from textcraftor.benchmark.images import generate, load_pipeline, open_bank_of
+from textcraftor.benchmark.options import parse_options
+from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.errors import UserError
 from textcraftor.sampling import make_scheduler, training_sampler
 from textcraftor.stream import reused, samples_shown
@@ -66,9 +71,9 @@ def evaluations(monkeypatch):
     seen = []
     plain = sampling.predict_noise
 
-    def counted(unet, guidance, z, t, conditions):
+    def counted(unet, guidance, z, t, conditions, **how):
         seen.append(len(z))
-        return plain(unet, guidance, z, t, conditions)
+        return plain(unet, guidance, z, t, conditions, **how)
 
     for module in (sampling, banks):
         monkeypatch.setattr(module, "predict_noise", counted)
@@ -181,6 +186,24 @@ def test_validation_runs_its_first_steps_once(work, command, evaluations):  # no
     train(*run)
     training, validations = 3 * 2 * 25, 4 * 2 * 15 + 2 * 10
     assert spent(evaluations) == training + validations
+
+
+def test_tests_of_several_encoders_share_their_first_steps(stable_diffusion, tmp_path, evaluations):
+    prompts, seen = ["a red fox", "a blue cat", "the sea"], []
+    for number, bank in ((0, ""), (1, ""), (0, "bank"), (1, "bank")):
+        pipeline, tuned = load_pipeline(str(stable_diffusion), "DDIM", 10)
+        tuned = copy.deepcopy(pipeline.text_encoder)
+        for weight in tuned.parameters():
+            weight.mul_(1 + 0.1 * number)
+        args = SimpleNamespace(bank=str(tmp_path / bank), step=10, grad_steps=6, guidance=3.0)
+        options = {"seed": 5, "grad_steps": 6, "guidance": 3.0, "bank": open_bank_of(args, pipeline) if bank else None}
+        seen.append((generate(pipeline, tuned, prompts, [0, 1, 2], **options), spent(evaluations)))
+    (first, all_steps), (second, _), (first_banked, filling), (second_banked, banked) = seen
+    assert torch.equal(first, first_banked) and torch.equal(second, second_banked) and not torch.equal(first, second)
+    assert (all_steps, filling, banked) == (3 * 10, 3 * 10, 3 * 6)
+    for options in (["--scheduler", "PNDM"], ["--grad_steps", "25"], ["--score_only", str(tmp_path)]):
+        with pytest.raises(UserError, match="--bank .*leave it out"):
+            parse_options(PARTI, "", ["--text_path", "", "--bank", str(tmp_path / "x"), *options])
 
 
 def test_what_a_bank_cannot_be_used_for(work, command):  # noqa: F811

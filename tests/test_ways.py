@@ -80,12 +80,6 @@ def written_out(model, noise, way, chosen, both):
 WAYS = [
     ("drtune", {0, 2}, True), ("refl", 1, True), ("drtune", {1, 2}, False), ("refl", 0, False), ("last_k", 0, False),
 ]  # fmt: skip
-    ("drtune", {0, 2}, True),
-    ("refl", 1, True),
-    ("drtune", {1, 2}, False),
-    ("refl", 0, False),
-    ("last_k", 0, False),
-]
 
 
 @pytest.mark.parametrize("way, chosen, both", WAYS)

@@ -55,16 +55,17 @@ def memory_bank(stops: tuple[int, ...]) -> Bank:
     return Bank(stops, torch.float32, None, {}, print)
 
 
-def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...], say=print) -> Bank:
+def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...], dtype: torch.dtype, say=print) -> Bank:
     """The bank in `folder` for these settings; each combination of them has a folder of its own inside.
 
-    model: a models.Model as it is used. Entries are fp16 (32 kB for 512 x 512 pixels), or fp32 if the UNet computes in
-    fp32, so that a bank then changes no bit of the results.
+    model: a models.Model as it is used; dtype: of the entries. In fp16 one takes 32 kB for 512 x 512 pixels; in fp32
+    twice as much, and no bit of the results changes.
     """
     settings = {
         "original text encoder": weights_hash(model.text_encoder),
         "unet": weights_hash(model.unet),
         "unet type": str(model.unet.dtype),
+        "entries": str(dtype),
         "guidance": guidance,
         "stops": stops,
         "time steps": scheduler.timesteps.tolist(),
@@ -72,7 +73,6 @@ def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...],
         "prediction type": scheduler.config.prediction_type,
     }
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    dtype = torch.float32 if model.unet.dtype == torch.float32 else torch.float16
     return Bank(stops, dtype, Path(folder) / name, {}, say)
 
 
@@ -174,7 +174,8 @@ def start_bank(args, accelerator, model, scheduler, data, updates: int, images: 
     """
     stops, shape = bank_stops(args.gradient, args.step, args.grad_range[1], args.driven), latent_shape(model)
     samples = samples_shown(updates, images, args.reuse)
-    bank = open_bank(args.bank, model, scheduler, args.guidance, stops, say)
+    dtype = torch.float32 if model.unet.dtype == torch.float32 else torch.float16
+    bank = open_bank(args.bank, model, scheduler, args.guidance, stops, dtype, say)
     say(check_room(bank, samples, shape))
     if args.fill:
         fill_bank(bank, accelerator, make_networks(model), scheduler, args.guidance, data.batch, samples, shape)

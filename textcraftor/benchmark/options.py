@@ -5,6 +5,7 @@ from pathlib import Path
 
 from textcraftor.benchmark.prompt_lists import Benchmark
 from textcraftor.errors import UserError
+from textcraftor.files import check_writable
 from textcraftor.mixing import Weighted, parse_weighted
 from textcraftor.options import (
     MINIATURE,
@@ -46,6 +47,7 @@ OPTIONS = (
     ("--grad_steps",       TEST_TUNED_STEPS,    "number of last steps that use the tuned text encoder"),
     ("--guidance",         7.5,                 "classifier-free guidance scale"),
     ("--tune_unconditional", ("", "on", "off"), "tuned encoder for the empty prompt, too"),
+    ("--bank",             "",                  "keep the first steps here, for tests of other encoders (DDIM only)"),
     ("--prompt_weighting", 1.0,                 "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--seed",             TEST_SEED,           "seed of the noise; each prompt has its own noise"),
     ("--batch-size",       8,                   "images per batch on each device"),
@@ -146,6 +148,15 @@ def check_options(args):
     """Raise UserError, one line, for options that make no sense together or cannot work."""
     require(args, {"step batch_size guidance": 1, "grad_steps limit seed prompt_weighting": 0})
     check_tuned_steps(args)
+    if args.bank and (args.scheduler != "DDIM" or args.score_only or args.grad_steps == args.step):
+        why = {
+            args.scheduler != "DDIM": f"--scheduler {args.scheduler} needs more than the latents to go on from",
+            args.grad_steps == args.step: f"with --grad_steps {args.grad_steps} there are none",
+            bool(args.score_only): "--score_only makes no images",
+        }[True]
+        raise UserError(f"--bank keeps the steps before the tuned ones, and {why}; leave it out")
+    if args.bank:
+        check_writable(args.bank, "--bank")
     if args.score_only and not Path(args.score_only).is_dir():
         raise UserError(f"--score_only {args.score_only}: no such folder; expected a folder of images")
     if args.score_only and args.prompt_eng:
