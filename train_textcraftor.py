@@ -148,10 +148,11 @@ def set_up(args, functions):
         if args.lora_rank:
             add_lora(part.network, part.part, args.lora_rank, args.lora_alpha or args.lora_rank, args.seed)
     groups = [{"params": part.weights(), "lr": part.learning_rate} for part in trained]
-    *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
+    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), optimizer)
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
     networks = networks._replace(**{part.part: part.network for part in trained})
-    average = make_average(accelerator, optimizer_parameters(optimizer), args.ema)
+    average = make_average(accelerator, checkpoints.all_weights(trained), args.ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
@@ -260,7 +261,7 @@ class Run(NamedTuple):
 
     def averaged(self):
         """A context in which the trained networks have the weights' moving average, if there is one."""
-        return averaged(self.average, optimizer_parameters(self.optimizer))
+        return averaged(self.average, checkpoints.all_weights(self.trained))
 
     @property
     def global_batch(self):
@@ -302,12 +303,14 @@ def train_step(run, step, check_stop):
             accelerator.backward(-objective.mean() / accumulation)
         cut += count_cut(run.networks.tokenizer, prompts)
         parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
-    parameters = optimizer_parameters(optimizer)
-    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+    parameters = checkpoints.all_weights(run.trained)
+    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)().float().reshape(1)  # whole, where FSDP splits it
 
-    # Average over all processes, so that they all decide alike whether to skip this update.
-    here = torch.cat([torch.stack(parts).mean(dim=0), torch.tensor([cut * processes], device=accelerator.device)])
-    *means, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
+    # Average over all processes, so that they all decide alike whether to skip this update. All numbers come to the
+    # host at once: each time that it asks for one, a GPU runs out of work.
+    here = torch.cat([torch.stack(parts).mean(dim=0), grad_norm, torch.full_like(grad_norm, cut * processes)])
+    *means, grad_norm, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
     skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
     for group, part in zip(optimizer.param_groups, run.trained, strict=True):
         group["lr"] = part.learning_rate * run.factor(step)
@@ -333,11 +336,6 @@ def save(run, step):
     if run.average:
         with run.averaged():
             checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
-
-
-def optimizer_parameters(optimizer):
-    """The weights in training, in one order for clipping and averaging."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every, step, last_step):

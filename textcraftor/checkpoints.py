@@ -48,12 +48,17 @@ class Trained(NamedTuple):
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
 
+def all_weights(trained: list[Trained]) -> list[torch.nn.Parameter]:
+    """The weights in training, in one order for clipping and averaging."""
+    return [weight for part in trained for weight in part.weights()]
+
+
 def checkpoint_bytes(trained: list[Trained], averages: bool = False) -> tuple[int, int]:
     """Bytes of one checkpoint's (weights, state): fp32 weights in training, and AdamW's two moments per weight.
 
     averages: whether a moving average of the weights is kept, in the state and in a file of its own.
     """
-    weights = 4 * sum(parameter.numel() for part in trained for parameter in part.weights())
+    weights = 4 * sum(weight.numel() for weight in all_weights(trained))
     return weights, (3 if averages else 2) * weights
 
 
