@@ -42,7 +42,7 @@ def main(argv=None):
         run = find_run(args.run, args.text_path)
         training = run_parts(run, args.text_path)
         check_access(args.push_to_hub)
-    tuned, original = read_text_encoder(args.text_path), read_text_encoder(args.model)
+    tuned, original = (read_text_encoder(path, args.model) for path in (args.text_path, args.model))
     check_same(tuned, args.text_path, original, args.model)
     output, dtype = Path(args.output_path), torch.float16 if args.half else torch.float32
     note = export(args.form, args.model, original, tuned, output, dtype, args.lora_rank)

@@ -28,6 +28,7 @@ def main(argv=None):
     from textcraftor.models import check_model, latent_shape, load_model, make_networks, quiet_libraries
     from textcraftor.pictures import save
     from textcraftor.precision import PRECISIONS, choose_precision
+    from textcraftor.recorded import tunes_unconditional
     from textcraftor.sampling import make_scheduler, prompt_noise
     from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
@@ -45,9 +46,9 @@ def main(argv=None):
     noise = prompt_noise(args.seed, [0], latent_shape(model))
     print(f"{len(words)} words, 2 images of {args.step} steps, on {device}, precision {precision} ({why})")
 
-    drawn = []
+    drawn, both = [], tunes_unconditional([args.text_path])
     for encoder in (model.text_encoder, tuned):
-        networks = make_networks(model, encoder)
+        networks = make_networks(model, encoder, both)
         image, maps = draw_with_maps(networks, scheduler, args.prompt, noise, args.grad_steps, args.guidance)
         drawn.append((image, word_maps(maps, words)))
     note = (

@@ -45,10 +45,12 @@ def main(argv=None):
     args = parse_options(argv)
 
     from textcraftor.merging import merge  # only now: mistakes are reported before PyTorch is imported
-    from textcraftor.weight_files import check_text_encoder
+    from textcraftor.weight_files import check_text_encoder, needs_base
 
     paths, weights = zip(*args.encoders, strict=True)
-    check_all([(check_text_encoder, path) for path in (*paths, *([args.base] if original_share(weights) else []))])
+    check_all([(check_text_encoder, path) for path in paths])
+    if original_share(weights) or any(needs_base(path) for path in paths):
+        check_all([(check_text_encoder, args.base)])
     formula = merge(args.encoders, args.base, args.output_path)
     print(f"{args.output_path} = {formula}")
 

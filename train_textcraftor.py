@@ -19,7 +19,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from textcraftor.errors import UserError, run_program
 from textcraftor.options import COLUMNS, TERMS, check_all
-from textcraftor.training_options import parse_options, recorded_options
+from textcraftor.training_options import parse_options, recorded_options, sampling_settings
 
 if __name__ == "__main__":
     run_program(parse_options)  # before the slow imports, so that --help and errors appear at once
@@ -37,7 +37,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from rewards import REWARDS, check_files
@@ -46,20 +45,23 @@ from rewards.own import load_function
 from rewards.sum import RewardSum
 from rewards.training import load_rewards
 from textcraftor import checkpoints
+from textcraftor.averaging import EMAModel, averaged, make_average
+from textcraftor.bank import Bank, start_bank, with_bank
 from textcraftor.checkpoints import Trained
 from textcraftor.data import Data, data_checks, read_picture_data, read_prompt_data
 from textcraftor.direct import make_direct_images
 from textcraftor.embeddings import count_cut, embed_prompts
 from textcraftor.hashes import run_content
+from textcraftor.lora import add_lora
 from textcraftor.models import Networks, check_model, latent_shape, load_model, make_networks, quiet_libraries
 from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.run_folder import Record, read_options
 from textcraftor.sampling import make_images, make_scheduler, training_sampler
-from textcraftor.stream import batch_numbers
+from textcraftor.stream import batch_numbers, reused
 from textcraftor.trackers import start_trackers
-from textcraftor.validation import PICTURES, look, show_results
+from textcraftor.validation import PICTURES, held_out_bank, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
 WINDOW = 20  # the progress line shows averages over this many steps
@@ -70,7 +72,9 @@ def main(argv=None):
     args = parse_options(argv)
     quiet_libraries()
     functions = check_inputs(args)
-    run, first_step, last_step = set_up(args, functions)
+    if (ready := set_up(args, functions)) is None:  # --fill
+        return
+    run, first_step, last_step = ready
     after = train(run, first_step, last_step)
     if after and run.accelerator.is_main_process:
         show_results(run, last_step, after)
@@ -79,7 +83,7 @@ def main(argv=None):
 
 def check_inputs(args):
     """Report all missing or unusable files at once, before loading any model -> {user's own reward: function}."""
-    specs = [*args.weighted, *args.monitored]
+    specs = [] if args.fill else [*args.weighted, *args.monitored]
     checks = [(check_model, args.model), *data_checks(args)]
     checks += [(check_text_encoder, args.text_path)] if args.text_path else []
     checks += [(check_constraint, args.weights)] if args.clip_constraint else []
@@ -88,7 +92,10 @@ def check_inputs(args):
 
 
 def set_up(args, functions):
-    """Prepare prompts, networks, rewards, optimizer and run folder -> (Run, steps already done, last step)."""
+    """Prepare prompts, networks, rewards, optimizer and run folder -> (Run, steps already done, last step).
+
+    With --fill, only fill the bank -> None.
+    """
     output = Path(args.output_path)
     why = settle_precision(args)
     accelerator = make_accelerator(args, loss_scale=2.0 ** (MOST_SKIPS - 1))
@@ -107,8 +114,9 @@ def set_up(args, functions):
         load_text_encoder(text_encoder, args.text_path)
     model.text_encoder.to(device, low_precision)
     model.vae.to(device, low_precision)
-    model.unet.to(device, torch.float32 if args.lr_unet else low_precision)
-    text_encoder.to(device, torch.float32 if args.lr_text else low_precision)
+    full = args.lora_rank == 0  # beside a LoRA, the network's own weights are frozen
+    model.unet.to(device, torch.float32 if args.lr_unet and full else low_precision)
+    text_encoder.to(device, torch.float32 if args.lr_text and full else low_precision)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
@@ -116,6 +124,11 @@ def set_up(args, functions):
     last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
     say("\n".join(data.lines))
     say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
+    scheduler, bank = make_scheduler(model.scheduler_config, args.step), None
+    if args.bank:
+        bank = start_bank(args, accelerator, model, scheduler, data, last_step, global_batch, say)
+    if args.fill:
+        return None
 
     rewards, monitors, constraint = load_rewards(
         args, functions, data.prompts, model.text_encoder, device, low_precision
@@ -125,21 +138,21 @@ def set_up(args, functions):
     content = data.content | run_content(model, text_encoder, scored, own) if is_main else {}
 
     # The trained networks, their optimizer, and the networks that make images.
-    trained = [Trained("tc_text", text_encoder, args.lr_text), Trained("tc_unet", model.unet, args.lr_unet)]
-    trained = [part for part in trained if part.learning_rate]
+    parts = (("text_encoder", text_encoder, args.lr_text), ("unet", model.unet, args.lr_unet))
+    trained = [Trained(*part, bool(args.lora_rank), sampling_settings(args)) for part in parts if part[2]]
     if accelerator.is_fsdp2:
         model.unet.to(memory_format=torch.contiguous_format)  # the only memory format that FSDP can shard
-    networks = make_networks(model, text_encoder)
-    groups = [{"params": [*part.network.requires_grad_().parameters()], "lr": part.learning_rate} for part in trained]
-    *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), torch.optim.AdamW(groups))
+    networks = make_networks(model, text_encoder, args.tune_unconditional == "on")
+    for part in trained:
+        part.network.requires_grad_()
+        if args.lora_rank:
+            add_lora(part.network, part.part, args.lora_rank, args.lora_alpha or args.lora_rank, args.seed)
+    groups = [{"params": part.weights(), "lr": part.learning_rate} for part in trained]
+    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    *wrapped, optimizer = accelerator.prepare(*(part.network for part in trained), optimizer)
     trained = [part._replace(network=network) for part, network in zip(trained, wrapped, strict=True)]
-    by_name = {part.name: part.network for part in trained}
-    networks = networks._replace(
-        text_encoder=by_name.get("tc_text", networks.text_encoder), unet=by_name.get("tc_unet", networks.unet)
-    )
-    ema = EMAModel(optimizer_parameters(optimizer), decay=args.ema) if args.ema else None
-    if ema:
-        accelerator.register_for_checkpointing(ema)
+    networks = networks._replace(**{part.part: part.network for part in trained})
+    average = make_average(accelerator, checkpoints.all_weights(trained), args.ema)
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step + 1}
     (factor, *_) = get_scheduler(args.lr_scheduler, optimizer, **lengths).lr_lambdas  # a function of the step alone
 
@@ -153,25 +166,25 @@ def set_up(args, functions):
     if args.resume:
         record.check(options, compared if is_main else [])  # only the main process has the hashes
         first_step = checkpoints.load_checkpoint(accelerator, trained, output)
-        if ema:
-            ema.to(device)
+        if average:
+            average.to(device)
         last_step = max(first_step, last_step)
         record.resume(first_step)
         options["tracker run"] = read_options(output)["tracker run"]
         say(f"resuming the run in {output} after step {first_step}")
     else:
-        checkpoints.check_disk(output, trained, args.keep_checkpoints, bool(ema))
+        checkpoints.check_disk(output, trained, args.keep_checkpoints, bool(average))
         record.start(options)
         record.add({"step": 0})
     if is_main:
         data.write_skipped(output)
     start_trackers(accelerator, args, options, options["tracker run"], first_step)
 
-    scheduler = make_scheduler(model.scheduler_config, args.step)
     sample = partial(make_images, networks, scheduler, guidance=args.guidance, weighting=args.prompt_weighting)
     run = Run(
         args, accelerator, output, data, sample, scheduler, latent_shape(model),
-        networks, rewards, monitors, constraint, trained, optimizer, ema, factor, record, say,
+        networks, rewards, monitors, constraint, trained, optimizer, average, bank, held_out_bank(args), factor, record,
+        say,
     )  # fmt: skip
     return run, first_step, last_step
 
@@ -206,7 +219,7 @@ def train(run, first_step, last_step):
                 if skips >= MOST_SKIPS or step == last_step:
                     save(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.ema)):
+                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.average)):
                         save(run, step)
                     else:
                         say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
@@ -235,7 +248,9 @@ class Run(NamedTuple):
     constraint: ClipConstraint | None
     trained: list[Trained]
     optimizer: torch.optim.Optimizer
-    ema: EMAModel | None  # moving average of the trained weights
+    average: EMAModel | None  # of the trained weights
+    bank: Bank | None  # keeps the first steps of training prompts
+    held_out_bank: Bank | None  # and of held-out ones
     factor: Callable  # step -> learning-rate multiplier
     record: Record
     say: Callable  # prints a line above the progress bar, on the main process only
@@ -244,18 +259,9 @@ class Run(NamedTuple):
     def names(self):
         return [reward.name for reward in self.rewards.rewards]
 
-    @contextmanager
     def averaged(self):
-        """The trained networks have the weights' moving average inside, if there is one."""
-        weights = optimizer_parameters(self.optimizer)
-        if self.ema:
-            self.ema.store(weights)
-            self.ema.copy_to(weights)
-        try:
-            yield
-        finally:
-            if self.ema:
-                self.ema.restore(weights)
+        """A context in which the trained networks have the weights' moving average, if there is one."""
+        return averaged(self.average, checkpoints.all_weights(self.trained))
 
     @property
     def global_batch(self):
@@ -282,7 +288,10 @@ def train_step(run, step, check_stop):
     for number in range(accumulation):
         check_stop()
         numbers = batch_numbers((step - 1) * accumulation + number, args.batch_size, process, processes)
+        numbers = reused(numbers, run.global_batch, args.reuse, args.seed)
         prompts, *start = run.data.batch(run.shape, numbers)
+        if run.bank:
+            sample = partial(run.sample, sampler=with_bank(run.bank, sampler, prompts, *start), tuned_steps=tuned_steps)
         with ExitStack() as local:
             for part in run.trained if number < accumulation - 1 else ():  # DDP averages gradients only after the last
                 local.enter_context(accelerator.no_sync(part.network))
@@ -294,19 +303,21 @@ def train_step(run, step, check_stop):
             accelerator.backward(-objective.mean() / accumulation)
         cut += count_cut(run.networks.tokenizer, prompts)
         parts.append(torch.stack([run.rewards.total(scores).mean(), *(score.mean() for score in scores.values())]))
-    parameters = optimizer_parameters(optimizer)
-    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+    parameters = checkpoints.all_weights(run.trained)
+    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)().float().reshape(1)  # whole, where FSDP splits it
 
-    # Average over all processes, so that they all decide alike whether to skip this update.
-    here = torch.cat([torch.stack(parts).mean(dim=0), torch.tensor([cut * processes], device=accelerator.device)])
-    *means, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
+    # Average over all processes, so that they all decide alike whether to skip this update. All numbers come to the
+    # host at once: each time that it asks for one, a GPU runs out of work.
+    here = torch.cat([torch.stack(parts).mean(dim=0), grad_norm, torch.full_like(grad_norm, cut * processes)])
+    *means, grad_norm, cut = accelerator.gather(here[None]).mean(dim=0).tolist()
     skip = not (math.isfinite(means[0]) and math.isfinite(grad_norm))
     for group, part in zip(optimizer.param_groups, run.trained, strict=True):
         group["lr"] = part.learning_rate * run.factor(step)
     if not skip:
         optimizer.step()
-        if run.ema:
-            run.ema.step(parameters)
+        if run.average:
+            run.average.step(parameters)
     elif accelerator.scaler:
         accelerator.scaler.update()
     optimizer.zero_grad()
@@ -322,14 +333,9 @@ def save(run, step):
     """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
     epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
-    if run.ema:
+    if run.average:
         with run.averaged():
             checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
-
-
-def optimizer_parameters(optimizer):
-    """The weights in training, in one order for clipping and averaging."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every, step, last_step):

@@ -27,6 +27,7 @@ from textcraftor.models import load_model, quiet_libraries
 from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid
 from textcraftor.prompts import read_prompts
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.statistics import paired_table
 from textcraftor.validation import validate
 from textcraftor.weight_files import load_text_encoder
@@ -84,11 +85,11 @@ class Evaluation:
     def __call__(self, tuned: str | None = None, words: str = "", steps: int = 15):
         """({score: (N,)}, the first pictures) with the last `steps` steps driven by the encoder in file `tuned`, or
         the original, that reads the prompts with `words` after them."""
-        encoder = self.encoder(tuned) if tuned else None
+        encoder, both = (self.encoder(tuned), tunes_unconditional([tuned])) if tuned else (None, True)
 
         def sample(batch, indices):
             indices = [self.start + i for i in indices]
-            return make(self.model, batch, indices, self.guidance, encoder, words, steps)
+            return make(self.model, batch, indices, self.guidance, encoder, words, steps, both)
 
         processes = Accelerator(cpu=True, mixed_precision="no")
         scores, images = validate(processes, sample, self.rewards, self.judge, self.prompts, 32, PICTURES)

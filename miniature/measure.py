@@ -98,15 +98,25 @@ def measure_reward(name: str, vae, root: Path = HERE) -> dict[str, float]:
 
 @torch.inference_mode()
 def make(
-    model: Model, prompts: list[str], indices: list[int], guidance: float, tuned=None, words: str = "", steps: int = 15
+    model: Model,
+    prompts: list[str],
+    indices: list[int],
+    guidance: float,
+    tuned=None,
+    words: str = "",
+    steps: int = 15,
+    tune_unconditional: bool = True,
 ) -> torch.Tensor:
     """Pictures (B, 3, 64, 64) of prompts from the fixed noise of their indices, the last `steps` of 25 steps driven by
     a tuned text encoder, or the model's own, that reads the prompts with `words` after them; the others by the model's
-    own that reads the prompts."""
+    own that reads the prompts. Without tune_unconditional, so is the empty prompt in all steps."""
     tuned = tuned or model.text_encoder
     scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
     plain = guidance_pair(encode_prompts(model.tokenizer, model.text_encoder, ["", *prompts]))
     told = guidance_pair(encode_prompts(model.tokenizer, tuned, ["", *(prompt + words for prompt in prompts)]))
+    if not tune_unconditional:
+        halves = ((plain[name].chunk(2)[0], told[name].chunk(2)[1]) for name in told)
+        told = dict(zip(told, map(torch.cat, halves), strict=True))
     predict = partial(predict_noise, model.unet, guidance)
     return decode(model.vae, sample_last_k(predict, scheduler, validation_noise(indices, shape), plain, told, steps))
 

@@ -167,8 +167,11 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_inputs(images: Tensor, prompts: list[str]) -> None:
-    """Raise ValueError unless images are (B, 3, H, W) floats in [0, 1] (NaN passes) and there are as many prompts."""
+def check_inputs(images: Tensor, prompts: list[str], values: bool = True) -> None:
+    """Raise ValueError unless images are (B, 3, H, W) floats in [0, 1] (NaN passes) and there are as many prompts.
+
+    values: whether to look at the range. A GPU's queue of work runs empty meanwhile, so training does it only once.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
     if not images.is_floating_point():
@@ -176,6 +179,8 @@ def check_inputs(images: Tensor, prompts: list[str]) -> None:
     if isinstance(prompts, str) or len(prompts) != len(images):
         found = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise ValueError(f"{found} for {len(images)} images, expected a list with one prompt per image")
-    low, high = (value.item() for value in images.detach().aminmax())
+    if not values:
+        return
+    low, high = torch.stack(images.detach().aminmax()).tolist()
     if low < 0 or high > 1:
         raise ValueError(f"images lie in [{low:.3g}, {high:.3g}], expected [0, 1]")

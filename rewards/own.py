@@ -20,11 +20,12 @@ class FunctionReward(nn.Module):
 
     def __init__(self, name: str, function: Callable[[Tensor, list[str]], Tensor]):
         super().__init__()
-        self.name, self.function = name, function
+        self.name, self.function, self.checked = name, function, False
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """The function's scores in the images' dtype. Raises UserError if their shape is not (B,)."""
-        check_inputs(images, prompts)
+        check_inputs(images, prompts, values=not self.checked)
+        self.checked = True
         try:
             scores = self.function(images, prompts)
         except (ImportError, AttributeError) as error:

@@ -19,6 +19,7 @@ class RewardSum(nn.Module):
         super().__init__()
         self.rewards = nn.ModuleList(reward for reward, _ in weighted)
         self.weights = [weight for _, weight in weighted]
+        self.checked = False  # whether images of the caller have been found in [0, 1]
         self.shared = {}  # reward name -> unit vector (D,)
         names = [reward.name for reward in self.rewards]
         if not names:
@@ -40,9 +41,11 @@ class RewardSum(nn.Module):
         r is the score as the reward itself defines it, without scale and weight. features, texts: dicts that keep the
         image features by tower, for another reward with the same tower, and the text features by reward, for another
         call with the same prompts. shared_text: weight in the total, not in the r, of the text direction that all
-        prompts share (objective.weaken_shared), known after `find_shared`.
+        prompts share (objective.weaken_shared), known after `find_shared`. The first call raises ValueError for images
+        that are not in [0, 1].
         """
-        check_inputs(images, prompts)
+        check_inputs(images, prompts, values=not self.checked)
+        self.checked = True
         features, texts = ({} if known is None else known for known in (features, texts))
         scores, terms = {}, []
         for reward, weight in zip(self.rewards, self.weights, strict=True):

@@ -7,6 +7,7 @@ $ python -m speed.full_size --batch-size 4 --steps 3
 Count only: FLOPs and peak memory, in minutes on any machine, since tensors have shapes but no contents:
 $ python -m speed.full_size --count
 $ python -m speed.full_size --count --train unet --batch-size 2 --vae_checkpointing
+$ python -m speed.full_size --count --train unet --batch-size 2 --lora_rank 16
 $ python -m speed.full_size --count --plain --mixed_precision no
 
 Count the memory of making and scoring images as test_parti.py does:
@@ -19,6 +20,7 @@ import resource
 import time
 from collections import Counter
 from functools import partial
+from unittest import mock
 
 import torch
 from diffusers import DDIMScheduler
@@ -29,6 +31,7 @@ from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counte
 from speed.step import plain_step
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
+from textcraftor.lora import add_lora
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
 from textcraftor.options import TEST_TUNED_STEPS, make_parser, require
 from textcraftor.precision import PRECISIONS
@@ -40,6 +43,7 @@ PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly d
 # fmt: off
 OPTIONS = (
     ("--train",            ("text_encoder", "unet"), "network to train"),
+    ("--lora_rank",        0,                        "as in training"),
     ("--batch-size",       1,                        "images per step"),
     ("--step",             25,                       "T, number of DDIM steps"),
     ("--grad_steps",       5,                        "K, last steps, with gradient"),
@@ -77,7 +81,7 @@ def main(argv=None):
     began = time.perf_counter()
     torch.manual_seed(0)
     with torch.device(device):
-        networks = build(full_size(), args.train, PRECISIONS[args.mixed_precision])
+        networks = build(full_size(), "" if args.lora_rank else args.train, PRECISIONS[args.mixed_precision])
     for network in networks[1:4]:
         network.to(memory_format=torch.channels_last)
     if args.compile:
@@ -135,7 +139,7 @@ def count(args, scheduler):
         flops[name] += counter.get_total_flops()
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        networks = build(full_size(), args.train, PRECISIONS[args.mixed_precision])
+        networks = build(full_size(), "" if args.lora_rank else args.train, PRECISIONS[args.mixed_precision])
         optimizer = make_optimizer(args, networks)
         step = plain if args.plain else parted_step
         step(args, part, networks, scheduler, optimizer, "cpu")
@@ -145,9 +149,14 @@ def count(args, scheduler):
 
 
 def make_optimizer(args, networks):
-    """AdamW for the network that args.train names, whose weights require gradients from here on."""
-    trained = networks[1] if args.train == "text_encoder" else networks[2]
-    return torch.optim.AdamW(trained.requires_grad_().parameters(), lr=LEARNING_RATE)
+    """AdamW for the network that args.train names, whose weights, or LoRA, require gradients from here on."""
+    trained = networks[1 if args.train == "text_encoder" else 2].requires_grad_()
+    if args.lora_rank:
+        # peft would move the new weights to the device where they are, which tensors without contents refuse.
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            add_lora(trained, args.train, args.lora_rank, args.lora_rank, seed=0)
+    weights = [weight for weight in trained.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE)
 
 
 def plain(args, part, networks, scheduler, optimizer, device):
@@ -194,7 +203,8 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
 
     def autocast(network):
         """Autocast for a network that trains: it keeps fp32 weights, as accelerate has it."""
-        dtype, enabled = PRECISIONS[args.mixed_precision], network.dtype != PRECISIONS[args.mixed_precision]
+        dtype = PRECISIONS[args.mixed_precision]
+        enabled = any(weight.dtype != dtype for weight in network.parameters())
         return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
 
     with part("prompt embeddings"):

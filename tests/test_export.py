@@ -42,7 +42,7 @@ PROMPT = "a red fox, 4k"
 @pytest.fixture(scope="module")
 def tuned(stable_diffusion, tmp_path_factory):
     """A tuned encoder's file: the linear layers changed, by little else than rank 6, and a norm."""
-    state, generator = read_text_encoder(stable_diffusion), torch.Generator().manual_seed(0)
+    state, generator = read_text_encoder(stable_diffusion, ""), torch.Generator().manual_seed(0)
     for name, value in state.items():
         if ".layers." in name and value.ndim == 2:
             up, down = (
@@ -137,7 +137,7 @@ def test_a_single_file_holds_the_whole_model(stable_diffusion, tuned, expected, 
     state["model_ema.decay"] = state["alphas_cumprod"][:1]
     torch.save({"state_dict": state, "global_step": 1}, tmp_path / "base.ckpt")
     again = load_file(exported("checkpoint", tuned, tmp_path / "base.ckpt", tmp_path / "from_file.safetensors"))
-    prefix, new = "cond_stage_model.transformer.", read_text_encoder(tuned)
+    prefix, new = "cond_stage_model.transformer.", read_text_encoder(tuned, "")
     assert again.keys() == state.keys()
     for name, value in again.items():
         assert torch.equal(value, new.get(name.removeprefix(prefix), state[name])), name
@@ -152,7 +152,7 @@ def test_a_single_file_holds_the_whole_model(stable_diffusion, tuned, expected, 
 
 
 def test_a_lora_is_the_best_of_its_rank_and_says_its_error(stable_diffusion, tuned, tmp_path, capsys):
-    original, new = read_text_encoder(stable_diffusion), read_text_encoder(tuned)
+    original, new = read_text_encoder(stable_diffusion, ""), read_text_encoder(tuned, "")
     factors, error = lora_of_difference(original, new, RANK)
     relative, missed, covered, everything = {}, 0, 0, 0
     for name, weight in original.items():
@@ -212,7 +212,7 @@ def test_what_cannot_be_exported_is_one_clear_line(stable_diffusion, tuned, tmp_
     file, folder, taken = tmp_path / "a.safetensors", tmp_path / "a", tmp_path / "taken"
     taken.mkdir()
     (taken / "config.json").write_text("{}")
-    state = read_text_encoder(tuned)
+    state = read_text_encoder(tuned, "")
     norm = "text_model.final_layer_norm.bias"
     others = {
         "nan": state | {norm: torch.full((32,), torch.nan)},
@@ -444,7 +444,7 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
     """The original encoder in the first ten of 25 steps, the tuned one in the last 15: the images of make_images."""
     model = load_model(str(stable_diffusion))
     full = exported("lora", tuned, stable_diffusion, tmp_path / "full.safetensors", "--lora_rank", "32")
-    state, lora = read_text_encoder(stable_diffusion), load_file(full)
+    state, lora = read_text_encoder(stable_diffusion, ""), load_file(full)
     for name in list(state):
         layer = f"text_encoder.{name.removesuffix('.weight')}"
         if f"{layer}.lora_A.weight" in lora:

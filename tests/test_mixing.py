@@ -73,12 +73,12 @@ def test_embeddings_are_mixed_as_the_paper_says():
 @pytest.fixture
 def encoders(stable_diffusion, tmp_path):
     """Two tuned encoders of the tiny model, one under each kind of names, and the original: (paths, state dicts)."""
-    original, generator, paths = read_text_encoder(stable_diffusion), torch.Generator().manual_seed(1), []
+    original, generator, paths = read_text_encoder(stable_diffusion, ""), torch.Generator().manual_seed(1), []
     for name, prefix in (("a", "text_model."), ("b=2", "module.text_model.")):
         tuned = {key: value + 0.02 * torch.randn(value.shape, generator=generator) for key, value in original.items()}
         paths.append(tmp_path / f"{name}.safetensors")
         save_file({key.replace("text_model.", prefix, 1): value for key, value in tuned.items()}, paths[-1])
-    return paths, [read_text_encoder(path) for path in paths], original
+    return paths, [read_text_encoder(path, "") for path in paths], original
 
 
 def test_merged_weights_are_the_sum_and_say_what_they_are(encoders, stable_diffusion, tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
         ("short=0.5", output, r"position_embedding.weight \(64, 32\), not \(77, 32\)"),
         ("nan=0.5", output, "final_layer_norm.weight holds NaN"),
         ("big=3", output, f"out.safetensors: .*{norm} holds NaN or infinity"),
-        ("lora=0.5", output, "looks like a LoRA"),
+        ("lora=0.5", output, "only one of the two halves"),
         ("none=0.5", output, "none.safetensors: no such weights"),
         ("big=x", output, "x is no weight"),
         ("big=1", tmp_path / "lora.safetensors", "exists already"),

@@ -110,6 +110,8 @@ def test_training_recipes_have_the_papers_settings(call):
     assert parse_options(call("unet_alone")[1]).text_path == ""
     assert parse_options(call("clip_constraint")[1]).clip_constraint == 1
     assert parse_options(call("direct pictures")[1]).images == "pictures"
+    lora = parse_options(call("lora")[1])
+    assert (lora.lora_rank, lora.lr_text, lora.lr_unet) == (16, 1e-4, 0)
 
     # The same number of images in smaller micro-batches, on other numbers of GPUs and on several nodes.
     for arguments, how in (

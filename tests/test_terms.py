@@ -116,7 +116,7 @@ def test_a_term_does_not_hide_that_no_reward_has_a_gradient(work, command):  # n
 def test_disk_for_a_moving_average_is_counted(tmp_path, monkeypatch):
     """Three checkpoints, the best, one more while it is written; with the average two more files and larger states."""
     network = torch.nn.Linear(999, 1000)
-    trained, size = [Trained("tc_text", network, 1e-6)], 4 * 1000 * 1000
+    trained, size = [Trained("text_encoder", network, 1e-6)], 4 * 1000 * 1000
     accelerator = SimpleNamespace(is_main_process=True)
     for averages, run, one in ((False, 5 * size + 2 * 2 * size, 3 * size), (True, 7 * size + 2 * 3 * size, 5 * size)):
         for spare in (0, -1):

@@ -1,6 +1,7 @@
 """The ways in which gradient flows (--gradient), each against its definition written out, in float64."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +15,18 @@ from textcraftor.sampling import (
     make_scheduler,
     prompt_noise,
     sample_detached,
+    sample_last_k,
     sample_one_prediction,
     training_sampler,
 )
 from textcraftor.training_options import parse_options
 
 
-def written_out(model, noise, way, chosen):
-    """z_0 of each prompt: "drtune" as a z_T + sum of b_i ε_i; "refl" as (z_t - σ_t ε) / α_t."""
+def written_out(model, noise, way, chosen, both):
+    """z_0 of each prompt: "drtune" as a z_T + sum of b_i ε_i; "refl" as (z_t - σ_t ε) / α_t; "last_k" step by step.
+
+    both: whether the tuned encoder reads the empty prompt, too.
+    """
     tokenizer, original, tuned, unet, *_ = model
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0).double()
@@ -32,7 +37,8 @@ def written_out(model, noise, way, chosen):
         return encoder(ids)[0]
 
     def predict(encoder, prompt, z, t):
-        empty, full = (unet(z, t, encoder_hidden_states=embed(encoder, text))[0] for text in ("", prompt))
+        texts = (("", encoder if both else original), (prompt, encoder))
+        empty, full = (unet(z, t, encoder_hidden_states=embed(reader, text))[0] for text, reader in texts)
         return empty + GUIDANCE * (full - empty)
 
     found = []
@@ -44,15 +50,16 @@ def written_out(model, noise, way, chosen):
             if way == "refl" and index == chosen:
                 found.append((z - sigma * predict(tuned, prompt, z, t)) / alpha)
                 break
-            driven = way == "drtune" and index >= 0
-            with torch.set_grad_enabled(driven and index in chosen):
-                predictions.append(predict(tuned if driven else original, prompt, z.detach(), t))
+            driven = way != "refl" and index >= 0
+            seen = z if way == "last_k" else z.detach()
+            with torch.set_grad_enabled(driven and (way == "last_k" or index in chosen)):
+                predictions.append(predict(tuned if driven else original, prompt, seen, t))
             after = alpha_bar[max(t - 1000 // T, 0)]
             alpha_after, sigma_after = after.sqrt(), (1 - after).sqrt()
-            z = (
-                alpha_after / alpha * z.detach()
-                + (sigma_after - alpha_after * sigma / alpha) * predictions[-1].detach()
-            )
+            last = predictions[-1] if way == "last_k" else predictions[-1].detach()
+            z = alpha_after / alpha * seen + (sigma_after - alpha_after * sigma / alpha) * last
+        if way == "last_k":
+            found.append(z)
         if way == "drtune":
             # z_0 as one sum: a step multiplies what came before by alpha_after / alpha.
             total = 0
@@ -70,24 +77,28 @@ def written_out(model, noise, way, chosen):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("way, chosen", [("drtune", {0, 2}), ("refl", 1)])
-def test_gradient_is_that_of_the_definition(double_model, way, chosen):
+WAYS = [
+    ("drtune", {0, 2}, True), ("refl", 1, True), ("drtune", {1, 2}, False), ("refl", 0, False), ("last_k", 0, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way, chosen, both", WAYS)
+def test_gradient_is_that_of_the_definition(double_model, way, chosen, both):
     tokenizer, original, tuned, unet, vae, config = double_model
     noise = prompt_noise(0, [0, 1], (4, 8, 8)).double()
-    networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned)
+    networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned, both)
     parameters = list(tuned.requires_grad_().parameters())
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     try:
-        z = written_out(double_model, noise, way, chosen)
+        z = written_out(double_model, noise, way, chosen, both)
         images = (vae.decode(z / 0.18215).sample / 2 + 0.5).clamp(0, 1)
         expected = gradient((images * target.repeat(1, 1, 8, 8)[:, :3]).sum(), parameters)
         for checkpoint in (False, True):
-            one = sample_detached if way == "drtune" else sample_one_prediction
-            how = {"graded": chosen} if way == "drtune" else {"index": chosen}
-
-            def sampler(*arguments, one=one, how=how):
-                return one(*arguments, **how)
-
+            sampler = {
+                "drtune": partial(sample_detached, graded=chosen),
+                "refl": partial(sample_one_prediction, index=chosen),
+                "last_k": sample_last_k,
+            }[way]
             found = make_images(
                 networks, make_scheduler(config, T), PROMPTS, noise, tuned_steps=K, guidance=GUIDANCE,
                 checkpoint=checkpoint, sampler=sampler,

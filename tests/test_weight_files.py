@@ -243,9 +243,8 @@ def test_other_kinds_of_files_are_named(model, bare, tmp_path, load):
     wide = {name: torch.zeros(49408 if "token" in name else 2, 1280) for name in bare}
     one = torch.ones(1)
     cases = {
-        "a LoRA": {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": one},
+        "a LoHa": {"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": one},
         "a LoRA; ": {**bare, "text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": one},
-        "looks like a LoRA": {"unet.down_blocks.0.attentions.0.to_q.lora.down.weight": one},
         "textual-inversion": {"emb_params": torch.ones(1, 768)},
         "a Stable Diffusion XL model": {"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": one},
         "XL refiner": {"conditioner.embedders.0.model.ln_final.weight": one},

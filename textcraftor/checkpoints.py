@@ -1,15 +1,18 @@
 """Checkpoints of a run: its weights and the state to resume from, each file written completely or not at all.
 
 In the output folder: <name>_e_<epoch>_iter_<step>.safetensors, the trained weights, and <name>.safetensors, a link to
-the newest; <name>_best.safetensors; and resume/step_<step>/, accelerate's state of optimizer, loss scale and random
-numbers, which belongs to the weights of the same step. Weights have the names that transformers 4 and 5, diffusers and
-ComfyUI know, so a run can be resumed under another version of these libraries.
+the newest; <name>_best.safetensors; beside a LoRA, which has kohya's format, <name>_diffusers.safetensors; and
+resume/step_<step>/, accelerate's state of optimizer, loss scale and random numbers, which belongs to the weights of the
+same step. Weights have the names that transformers 4 and 5, diffusers and ComfyUI know, so a run can be resumed under
+another version of these libraries.
 """
 
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,27 +20,45 @@ from accelerate.utils import broadcast_object_list
 
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
+from textcraftor.lora import load_lora, save_diffusers_lora, save_lora
+from textcraftor.recorded import record
 from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
-SAVE = {"tc_text": save_text_encoder, "tc_unet": save_unet}  # (state dict, path)
-LOAD = {"tc_text": load_text_encoder, "tc_unet": load_unet}  # (network, path), strictly, in place
+SAVE = {"text_encoder": save_text_encoder, "unet": save_unet}  # (state dict, path, metadata)
+LOAD = {"text_encoder": load_text_encoder, "unet": load_unet}  # (network, path), strictly, in place
 MARGIN = 2**20  # bytes for pictures, metrics and the rest
 
 
 class Trained(NamedTuple):
-    """A network in training and the name of its files, tc_text or tc_unet."""
+    """A network in training."""
 
-    name: str
+    part: str  # "text_encoder" or "unet"
     network: torch.nn.Module  # as accelerator.prepare returned it
     learning_rate: float
+    lora: bool = False  # train and save a LoRA instead of all weights
+    settings: Mapping = MappingProxyType({})  # how the run samples, for the metadata of its files
+
+    @property
+    def name(self) -> str:
+        """The name of its files: tc_text, tc_unet, tc_text_lora or tc_unet_lora."""
+        return {"text_encoder": "tc_text", "unet": "tc_unet"}[self.part] + ("_lora" if self.lora else "")
+
+    def weights(self) -> list[torch.nn.Parameter]:
+        """Those in training."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+
+def all_weights(trained: list[Trained]) -> list[torch.nn.Parameter]:
+    """The weights in training, in one order for clipping and averaging."""
+    return [weight for part in trained for weight in part.weights()]
 
 
 def checkpoint_bytes(trained: list[Trained], averages: bool = False) -> tuple[int, int]:
-    """Bytes of one checkpoint's (weights, state): fp32 weights, and AdamW's two moments per weight.
+    """Bytes of one checkpoint's (weights, state): fp32 weights in training, and AdamW's two moments per weight.
 
     averages: whether a moving average of the weights is kept, in the state and in a file of its own.
     """
-    weights = 4 * sum(parameter.numel() for part in trained for parameter in part.network.parameters())
+    weights = 4 * sum(weight.numel() for weight in all_weights(trained))
     return weights, (3 if averages else 2) * weights
 
 
@@ -65,9 +86,13 @@ def has_room(accelerator, folder: Path, trained: list[Trained], averages: bool =
 def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str) -> None:
     """Write <name><suffix>.safetensors for every trained network. All processes must call this."""
     for part in trained:
-        state = accelerator.get_state_dict(part.network)
-        if accelerator.is_main_process:
-            SAVE[part.name](state, Path(folder) / f"{part.name}{suffix}.safetensors")
+        path = Path(folder) / f"{part.name}{suffix}.safetensors"
+        if not part.lora:
+            state = accelerator.get_state_dict(part.network)
+            if accelerator.is_main_process:
+                SAVE[part.part](state, path, record(part.settings))
+        elif accelerator.is_main_process:
+            save_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
 
 
 def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
@@ -89,6 +114,9 @@ def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int
             shutil.rmtree(state)
         for part in trained:
             link(folder / f"{part.name}{suffix}.safetensors", folder / f"{part.name}.safetensors")
+            if part.lora:
+                path = folder / f"{part.name}_diffusers.safetensors"
+                save_diffusers_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
             weights = sorted(folder.glob(f"{part.name}_e_*_iter_*.safetensors"), key=_step)
             for path in weights[:-keep] if keep else []:
                 path.unlink()
@@ -113,7 +141,11 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
                     f"--resume: {states[-1]} belongs to {part.name}_e_…_iter_{step}.safetensors, which is not in "
                     f"{folder}; put it back, or start another run from other weights with --text_path"
                 )
-            LOAD[part.name](accelerator.unwrap_model(part.network), found[0])
+            network = accelerator.unwrap_model(part.network)
+            if part.lora:
+                load_lora(network, part.part, found[0])
+            else:
+                LOAD[part.part](network, found[0])
     try:
         accelerator.load_state(str(states[-1]))
     except Exception as problem:  # pickle, zip and accelerate each raise their own kinds for a damaged file

@@ -25,7 +25,7 @@ def make_direct_images(
     conditions: what embed_prompts returned for these captions, from a caller that needs it, too.
     """
     _, tuned = conditions or embed_prompts(networks, captions, weighting)
-    predict = partial(predict_noise, networks.unet, guidance)
+    predict = partial(predict_noise, networks.unet, guidance, split=not networks.tune_unconditional)
     latents, noise, t = (value.to(networks.device) for value in (latents, noise, t))
     z = denoise_once(predict, scheduler, latents * networks.vae.config.scaling_factor, noise, t, tuned, checkpoint)
     return decode(networks.vae, z, vae_checkpointing)

@@ -35,7 +35,8 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
 
     networks: a models.Networks. Returns (the original encoder's, without gradient; weighting * tuned +
     (1 - weighting) * original). The tuned encoder runs once, on "" and all prompts. If both encoders are the same
-    object, both results are too. Several tuned encoders Tᵢ with weights wᵢ are mixed: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀.
+    object, both results are too. Several tuned encoders Tᵢ with weights wᵢ are mixed: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀. With
+    networks.tune_unconditional off, the unconditional rows of the second are those of the first.
     """
     tokens = tokenize(networks.tokenizer, ["", *prompts])
     with torch.no_grad():
@@ -45,10 +46,15 @@ def embed_prompts(networks, prompts: list[str], weighting: float = 1.0) -> tuple
     if networks.text_encoder is networks.original_encoder:
         return original, original
     several = isinstance(networks.text_encoder, list)
-    tuned = []
+    tuned, both = [], networks.tune_unconditional
+    compared = original if both else conditional
     for encoder, weight in networks.text_encoder if several else [Weighted(networks.text_encoder)]:
-        tuned.append((guidance_pair(encode_tokens(encoder, tokens)), weighting * weight))
-    return original, mix(original, tuned)
+        rows = guidance_pair(encode_tokens(encoder, tokens)) if both else encode_tokens(encoder, tokens[1:])
+        tuned.append((rows, weighting * weight))
+    mixed = mix(compared, tuned)
+    if not both:
+        mixed = {name: torch.cat([original[name].chunk(2)[0], rows]) for name, rows in mixed.items()}
+    return original, mixed
 
 
 def guidance_pair(conditions: Conditions) -> Conditions:

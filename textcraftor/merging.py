@@ -16,11 +16,12 @@ def merge(encoders: list[Weighted], base: str, output: Path | str) -> str:
     """Write Σ wᵢ Wᵢ + (1 − Σ wᵢ) W₀ as fp32 safetensors, with what was merged in its metadata -> the formula.
 
     encoders: paths, as load_text_encoder takes them, and their weights; base: a model whose text encoder is W₀, read
-    only if the weights do not add up to 1. Raises UserError if names or shapes differ, and for NaN or infinity.
+    only if the weights do not add up to 1, or for LoRAs. Raises UserError if names or shapes differ, and
+    for NaN or infinity.
     """
     share = original_share([weight for _, weight in encoders])
     terms = [*encoders, Weighted(base, share)] if share else encoders
-    states = [read_text_encoder(path) for path, _ in terms]
+    states = [read_text_encoder(path, base) for path, _ in terms]
     for (path, _), state in zip(terms[1:], states[1:], strict=True):
         check_same(state, path, states[0], terms[0].encoder)
     weighted = [(weight, state) for (_, weight), state in zip(terms, states, strict=True)]

@@ -58,18 +58,23 @@ class Networks(NamedTuple):
     unet: torch.nn.Module
     vae: AutoencoderKL
     unconditional: Conditions  # the original encoder's, one row, computed once
+    tune_unconditional: bool = True  # whether the tuned encoder drives the unconditional branch of guidance, too
 
     @property
     def device(self) -> torch.device:
         return self.vae.device
 
 
-def make_networks(model: Model, text_encoder: torch.nn.Module | list[Weighted] | None = None) -> Networks:
+def make_networks(
+    model: Model, text_encoder: torch.nn.Module | list[Weighted] | None = None, tune_unconditional: bool = True
+) -> Networks:
     """The networks of `model` as they are now (device, dtype), with tuned text encoders if there are any."""
     with torch.no_grad():
         unconditional = encode_prompts(model.tokenizer, model.text_encoder, [""])
     tuned = model.text_encoder if text_encoder is None else text_encoder
-    return Networks(model.tokenizer, model.text_encoder, tuned, model.unet, model.vae, unconditional)
+    return Networks(
+        model.tokenizer, model.text_encoder, tuned, model.unet, model.vae, unconditional, tune_unconditional
+    )
 
 
 def latent_shape(model: Model) -> tuple[int, int, int]:

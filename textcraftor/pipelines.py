@@ -5,6 +5,7 @@ paper's tests (Table 4). `attach_encoder` makes a pipeline do so, in SD v1's cla
 encoder stands in for the first of the two (Figure 7).
 """
 
+import copy
 import inspect
 import math
 from contextlib import ExitStack, contextmanager
@@ -16,10 +17,11 @@ from transformers import CLIPTextModel
 from textcraftor.errors import UserError
 from textcraftor.mixing import mix
 from textcraftor.options import TEST_TUNED_STEPS
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.weight_files import load_text_encoder
 
 
-def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
+def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditional=None):
     """Let a tuned text encoder drive the last steps of each later call of `pipeline(prompt, …)`.
 
     pipeline: a pipeline of diffusers for SD v1 or SDXL. It takes the same arguments as before, except prompt_embeds and
@@ -30,6 +32,8 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
     tuned_steps: how many steps at the end of a call, at least 0. Image to image, which skips the first steps, has as
     many tuned ones as text to image. What counts is steps, not evaluations of the UNet: second-order schedulers need
     two for each step but the last, and PNDM two for the first.
+    tune_unconditional: whether the tuned encoder encodes the negative prompt as well; by default as the weight files
+    say that they were trained, and yes if they do not say.
 
     Attaching again replaces what was attached. Raises UserError if the pipeline or the encoder is of another kind.
     """
@@ -51,7 +55,10 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS):
             "a list of tuned text encoders needs pairs (tuned, weight) with finite weights; found "
             f"{', '.join(map(str, weights)) or 'nothing'}"
         )
-    switch = _Switch(pipeline, [(_fitting(each, own), weight) for each, weight in pairs], tuned_steps)
+    if tune_unconditional is None:
+        tune_unconditional = tunes_unconditional([each for each, _ in pairs if isinstance(each, (str, Path))])
+    fitting = [(_fitting(each, own), weight) for each, weight in pairs]
+    switch = _Switch(pipeline, fitting, tuned_steps, tune_unconditional)
     pipeline.encode_prompt, pipeline.progress_bar = switch.encode_prompt, switch.progress_bar
 
 
@@ -69,7 +76,7 @@ def _is_clip(encoder):
 def _fitting(tuned, own):
     """The tuned text encoder, checked; a new one like the pipeline's own if `tuned` names weights."""
     if isinstance(tuned, (str, Path)):
-        encoder = CLIPTextModel(own.config).to(own.dtype).eval().requires_grad_(False)
+        encoder = copy.deepcopy(getattr(own, "_orig_mod", own)).eval().requires_grad_(False)  # a LoRA adds to it
         load_text_encoder(encoder, tuned)
         return encoder
     if not _is_clip(tuned):
@@ -100,8 +107,9 @@ class _Switch:
     fails. In between, the inputs of UNet and ControlNet are replaced: their embeddings, in the first step as in others.
     """
 
-    def __init__(self, pipeline, tuned, tuned_steps):
+    def __init__(self, pipeline, tuned, tuned_steps, tune_unconditional):
         self.pipeline, self.tuned, self.tuned_steps = pipeline, tuned, tuned_steps
+        self.tune_unconditional = tune_unconditional
         self.rows = {}  # the tuned embeddings by the number of their rows: with guidance and without
 
     def encode_prompt(self, *args, **kwargs):
@@ -131,6 +139,8 @@ class _Switch:
                     pipeline.text_encoder = own
                 embeddings.append(({name: values[name].to(original[name]) for name in original}, weight))
         mixed = mix(original, embeddings)
+        if "-" in mixed and not self.tune_unconditional:
+            mixed["-"] = original["-"]
         self.rows = {len(mixed["+"]): mixed["+"]}
         if "-" in mixed:
             self.rows[2 * len(mixed["+"])] = torch.cat([mixed["-"], mixed["+"]])

@@ -59,8 +59,9 @@ def make_accelerator(args, loss_scale):
         raise UserError(f"{accelerator.distributed_type.value}: not supported; to shard a network, use FSDP version 2")
     if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
         raise UserError("FSDP can shard only one network; train the text encoder first, then the UNet")
-    if accelerator.is_fsdp2 and args.ema:
-        raise UserError("--ema does not work with FSDP; leave it out")
+    for option in ("ema", "lora_rank"):
+        if accelerator.is_fsdp2 and getattr(args, option):
+            raise UserError(f"--{option} does not work with FSDP; leave it out")
     return accelerator
 
 

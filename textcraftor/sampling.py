@@ -3,10 +3,11 @@
 Training, validation and the benchmarks all make images with `make_images`. It calls a sampler, a function of tensors
 that decides which steps use the tuned conditions and where gradient flows:
 
-    sampler(predict, scheduler, z_T, original, tuned, tuned_steps, checkpoint, generators) -> z_0
+    sampler(predict, scheduler, z_T, original, tuned, tuned_steps, checkpoint, generators, start=0) -> z_0
 
-where predict(z_t, t, conditions) -> guided noise prediction. To add a way to sample or to differentiate, add a sampler;
-`training_sampler` chooses the one that --gradient names.
+where predict(z_t, t, conditions) -> guided noise prediction. With start > 0 that many steps of the scheduler are done
+already, and z is what they led to: bank.py keeps such latents. To add a way to sample or to differentiate, add a
+sampler; `training_sampler` chooses the one that --gradient names.
 Latents and the scheduler's arithmetic are fp32 everywhere; each network computes in the type of its weights.
 """
 
@@ -44,18 +45,28 @@ def make_images(
     the caller already has it. sampler: by default sample_last_k.
     """
     original, tuned = conditions or embed_prompts(networks, prompts, weighting)
-    predict = partial(predict_noise, networks.unet, guidance)
+    predict = partial(predict_noise, networks.unet, guidance, split=not networks.tune_unconditional)
     z = noise.to(networks.device) * scheduler.init_noise_sigma
     sampler = sampler or sample_last_k
     z = sampler(predict, scheduler, z, original, tuned, tuned_steps, checkpoint, generators)
     return decode(networks.vae, z, vae_checkpointing)
 
 
-def predict_noise(unet, guidance, z, t, conditions):
+def predict_noise(unet, guidance, z, t, conditions, split=False):
     """Classifier-free guidance: z_t (B, C, h, w), conditions of 2B rows, unconditional ones first -> (B, C, h, w).
 
     t: one time step for all, or (B,). The UNet computes in the type of its weights, guidance in the type of z.
+    split: the unconditional rows have no gradient. Where z_t has none either, the UNet then runs on them apart and
+    keeps nothing for the backward pass, which costs half as much.
     """
+    if split and torch.is_grad_enabled() and not z.requires_grad:
+        halves = [{name: value.chunk(2)[i] for name, value in conditions.items()} for i in (0, 1)]
+        dtype = next(unet.parameters()).dtype
+        halves = [{name: value.to(dtype) for name, value in half.items()} for half in halves]
+        with torch.no_grad():
+            unconditional = unet(z.to(dtype), t, **halves[0]).sample.to(z.dtype)
+        conditional = unet(z.to(dtype), t, **halves[1]).sample.to(z.dtype)
+        return unconditional + guidance * (conditional - unconditional)
     t = torch.as_tensor(t)
     t = torch.cat([t, t]) if t.ndim else t
     dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
@@ -65,7 +76,7 @@ def predict_noise(unet, guidance, z, t, conditions):
     return unconditional + guidance * (conditional - unconditional)
 
 
-def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None):
+def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, start=0):
     """Run all T steps of `scheduler`, the last K = tuned_steps with `tuned` and gradient (the paper's; DRaFT-K).
 
     z: (B, C, h, w), z_T. The first T − K steps use `original` and carry no gradient. With checkpoint=True each of the
@@ -80,7 +91,7 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
         return scheduler.step(prediction, t, z, **step_noise(scheduler, generators)).prev_sample
 
     with torch.no_grad():
-        for t in scheduler.timesteps[:first]:
+        for t in scheduler.timesteps[start:first]:
             z = step(z, t, original)
     for t in scheduler.timesteps[first:]:
         z = recomputed(step, checkpoint)(z, t, tuned)
@@ -88,7 +99,7 @@ def sample_last_k(predict, scheduler, z, original, tuned, tuned_steps, checkpoin
 
 
 def sample_detached(
-    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, graded
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, graded, start=0
 ):  # fmt: skip
     """As sample_last_k, but gradient flows through some predictions only, each with its input latents detached.
 
@@ -98,7 +109,7 @@ def sample_detached(
     checkpoint=True). Source: DRTune (arXiv 2405.00760); also LongAlign. For DDIM, whose steps are linear.
     """
     first = first_tuned(scheduler, tuned_steps)
-    for index, t in enumerate(scheduler.timesteps, -first):
+    for index, t in enumerate(scheduler.timesteps[start:], start - first):
         if index in graded:
             prediction = recomputed(predict, checkpoint)(z.detach(), t, tuned)
         else:
@@ -109,7 +120,7 @@ def sample_detached(
 
 
 def sample_one_prediction(
-    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, index
+    predict, scheduler, z, original, tuned, tuned_steps, checkpoint=False, generators=None, *, index, start=0
 ):  # fmt: skip
     """The image that one guided prediction with `tuned` foresees: x̂_0 = (z_t - σ_t ε̂) / α_t, the rest is never run.
 
@@ -118,11 +129,25 @@ def sample_one_prediction(
     """
     stop = first_tuned(scheduler, tuned_steps) + index
     with torch.no_grad():
-        for t in scheduler.timesteps[:stop]:
+        for t in scheduler.timesteps[start:stop]:
             z = scheduler.step(predict(z, t, original), t, z).prev_sample
     t = scheduler.timesteps[stop]
     prediction = recomputed(predict, checkpoint)(z, t, tuned)
     return scheduler.step(prediction, t, z).pred_original_sample
+
+
+def sample_prefix(predict, scheduler, z, original, stops):
+    """The latents (B, S, C, h, w) before each of the S steps with indices `stops`, in ascending order.
+
+    z: (B, C, h, w), z_T. All steps use `original`. For DDIM, whose steps need nothing of those before.
+    """
+    kept = []
+    for index, t in enumerate(scheduler.timesteps[: stops[-1] + 1]):
+        if index in stops:
+            kept.append(z)
+        if index < stops[-1]:
+            z = scheduler.step(predict(z, t, original), t, z).prev_sample
+    return torch.stack(kept, dim=1)
 
 
 def training_sampler(gradient, grad_steps, driven, seed, step):

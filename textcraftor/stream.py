@@ -16,6 +16,8 @@ from textcraftor.errors import UserError
 from textcraftor.prompts import PromptFile, checksum, read_training_prompts
 from textcraftor.sampling import prompt_noise
 
+POOL = 4  # --reuse shows the samples of so many updates again and again before new ones take their place
+
 
 def share_prompts(
     accelerator: Accelerator, path: Path | str, val_path: Path | str | None, val_count: int
@@ -76,6 +78,29 @@ def batch_numbers(micro_batch: int, batch_size: int, process: int, processes: in
     """
     start = (micro_batch * processes + process) * batch_size
     return range(start, start + batch_size)
+
+
+def reused(numbers: Sequence[int], images: int, reuse: int, seed: int) -> list[int]:
+    """Which samples the training samples with these numbers show if each is shown `reuse` times.
+
+    images: per update. The samples of POOL updates are shown `reuse` times before new ones take their place: first in
+    order, then shuffled anew each time. With reuse = 1 the numbers themselves.
+    """
+    shown, pool = [], POOL * images
+    for n in numbers:
+        number, place = divmod(n, pool * reuse)
+        time, place = divmod(place, pool)
+        if time:
+            place = int(np.random.default_rng([seed, number, time, 3]).permutation(pool)[place])
+        shown.append(number * pool + place)
+    return shown
+
+
+def samples_shown(updates: int, images: int, reuse: int) -> int:
+    """How many different samples `reused` shows in the first `updates` of a run with `images` each."""
+    pool = POOL * images
+    pools, rest = divmod(updates * images, pool * reuse)
+    return pools * pool + min(rest, pool)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs

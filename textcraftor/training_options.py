@@ -6,7 +6,9 @@ import secrets
 
 from rewards import REWARDS
 from textcraftor.errors import UserError
-from textcraftor.options import REPOSITORY, make_parser, require, reward_specs
+from textcraftor.files import check_writable
+from textcraftor.options import REPOSITORY, TEST_TUNED_STEPS, make_parser, require, reward_specs
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.run_folder import check_folder
 
 # fmt: off
@@ -33,6 +35,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
+    ("--lora_rank",        0,                         "train a LoRA of this rank, not all weights; 0 = all weights"),
+    ("--lora_alpha",       0.0,                       "scale of the LoRA: alpha / rank; 0 = the rank, a scale of 1"),
     ("--lr_warmup_steps",  0,                         "steps of linear learning-rate warm-up"),
     ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "schedule after warm-up"),
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
@@ -43,6 +47,10 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--driven",           15,                        "drtune, refl: last steps with tuned embeddings"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
+    ("--bank",             "",                        "folder for first steps, computed once and shared by runs"),
+    ("--reuse",            1,                         "--bank: times that each prompt's noise is used in training"),
+    ("--fill",             False,                     "--bank: compute it for the whole run, then stop"),
+    ("--tune_unconditional", ("", "on", "off"),       "tuned encoder for the empty prompt, too (default: on)"),
     ("--t_min",            0,                         "--method direct: least noise, as a time step"),
     ("--t_max",            999,                       "--method direct: most noise, as a time step"),
     # Batches and duration.
@@ -70,8 +78,9 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
 # Options that may change on --resume. Files are compared by content (run_folder.Record.resume), not by path.
 FREE_ON_RESUME = {
     "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "images", "reward", "monitor",
-    "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "sample_every", "val_every", "save_every",
-    "keep_checkpoints", "gradient_checkpointing", "vae_checkpointing", "compile", "report_to", "project_name",
+    "bank", "fill", "batch_size", "gradient_accumulation_steps", "epochs", "max_steps", "sample_every", "val_every",
+    "save_every", "keep_checkpoints", "gradient_checkpointing", "vae_checkpointing", "compile", "report_to",
+    "project_name",
 }  # fmt: skip
 
 
@@ -95,6 +104,8 @@ def parse_options(argv=None):
         args = parser.parse_args(argv)
         args.model = str(folder / "stable-diffusion")
     check_options(args)
+    if not args.tune_unconditional:
+        args.tune_unconditional = "on" if tunes_unconditional([args.text_path]) else "off"
     named = {name: getattr(args, name) for name in REWARDS}
     args.weighted, args.monitored = reward_specs(named, args.reward, args.monitor)
     return args
@@ -115,8 +126,8 @@ def read_range(name, text):
 def check_options(args):
     """Raise UserError (one line) for options that are invalid or contradict each other."""
     require(args, {
-        "step driven batch_size gradient_accumulation_steps val_count": 1,
-        "lr_text lr_unet lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
+        "step driven reuse batch_size gradient_accumulation_steps val_count": 1,
+        "lr_text lr_unet lora_rank lora_alpha lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
         "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
     if args.ema >= 1:
@@ -140,13 +151,35 @@ def check_options(args):
             f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
             f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
+    if args.bank and (args.lr_unet or args.method == "direct"):
+        why = "--lr_unet trains the UNet, which changes the first steps" if args.lr_unet else "--method direct has none"
+        raise UserError(f"--bank keeps the first sampling steps, and {why}; leave it out")
+    if (args.fill or args.reuse > 1) and not args.bank:
+        option = "fill" if args.fill else f"reuse {args.reuse}"
+        raise UserError(f"--{option} needs a folder to keep the first sampling steps in; add --bank FOLDER")
+    if args.bank:
+        check_writable(args.bank, "--bank")
+    if args.lora_alpha and not args.lora_rank:
+        raise UserError(f"--lora_alpha {args.lora_alpha} scales a LoRA; set its rank as well, such as --lora_rank 16")
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
     if args.lr_text == args.lr_unet == 0:
         raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; set one to a learning rate such as 1e-6")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
-    check_folder(args.output_path, args.resume)
+    if not args.fill:  # which writes nothing there
+        check_folder(args.output_path, args.resume)
+
+
+def sampling_settings(args):
+    """How this run samples, for the metadata of its weights: the test programs' defaults, and what made them.
+
+    grad_steps is that of the test programs, the number of last steps that the tuned encoder drives.
+    """
+    driven = min(args.step, TEST_TUNED_STEPS) if args.gradient == "last_k" else args.driven
+    tested = {"step": args.step, "grad_steps": driven, "guidance": args.guidance}
+    trained = {"gradient": args.gradient, "trained grad_steps": args.grad_steps, "method": args.method}
+    return tested | {"tune_unconditional": args.tune_unconditional} | trained
 
 
 def recorded_options(args, global_batch, last_step, content):

@@ -4,12 +4,13 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
+from textcraftor.bank import memory_bank, with_bank
 from textcraftor.checkpoints import has_room, save_weights
 from textcraftor.files import write_whole
 from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
 from textcraftor.pictures import save as save_picture
-from textcraftor.sampling import prompt_noise
+from textcraftor.sampling import prompt_noise, sample_last_k
 from textcraftor.statistics import paired_table
 from textcraftor.trackers import log_picture
 
@@ -25,7 +26,8 @@ def look(run, step, count, check_stop):
 
     def sample(prompts, indices):
         noise = validation_noise(indices, run.shape)
-        return run.sample(prompts, noise, tuned_steps=min(run.args.step, TEST_TUNED_STEPS))
+        sampler = with_bank(run.held_out_bank, sample_last_k, prompts, noise) if run.held_out_bank else sample_last_k
+        return run.sample(prompts, noise, tuned_steps=held_out_tuned_steps(run.args.step), sampler=sampler)
 
     held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
     with run.averaged():
@@ -49,6 +51,17 @@ def look(run, step, count, check_stop):
         save_picture(picture, run.output / "samples" / f"step_{step:06d}.png")
         log_picture(run.accelerator, "held-out prompts", picture, step)
     return scores, images
+
+
+def held_out_tuned_steps(steps):
+    """How many of the last steps the tuned encoder drives in validation: 15 as at test time, or all of fewer."""
+    return min(steps, TEST_TUNED_STEPS)
+
+
+def held_out_bank(args):
+    """A bank for the first steps of held-out prompts, which are the same in every validation unless the UNet trains."""
+    stop = args.step - held_out_tuned_steps(args.step)
+    return memory_bank((stop,)) if stop and not args.lr_unet else None
 
 
 @torch.no_grad()
@@ -108,6 +121,6 @@ def show_results(run, last_step, after):
     skipped, cut = (sum(row.get(name, 0) for row in run.record.rows) for name in ("skipped", "cut"))
     print(f"{skipped:.0f} updates skipped; {cut:.0f} prompts cut to the length that the text encoder reads")
     weights = [f"{part.name}.safetensors" for part in run.trained]
-    weights += [f"{part.name}_ema.safetensors" for part in run.trained if run.ema]
+    weights += [f"{part.name}_ema.safetensors" for part in run.trained if run.average]
     for name in (*weights, "before_after.png", "curves.png", "metrics.csv"):
         print(run.output / name)

@@ -5,7 +5,9 @@ public_state and load_public_state: the names in CLIPTextModel.state_dict() diff
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
@@ -15,6 +17,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from textcraftor.errors import UserError, first_line
+from textcraftor.lora_files import check_lora, is_lora, with_lora
 from textcraftor.weights import (
     State,
     check_finite,
@@ -71,9 +74,11 @@ def _text_name(name):
     return f"text_model.{without_wrappers(name).removeprefix('text_model.')}"
 
 
-def save_text_encoder(state: dict[str, torch.Tensor], path: Path | str) -> None:
+def save_text_encoder(
+    state: dict[str, torch.Tensor], path: Path | str, metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write a CLIPTextModel's state dict as fp32 safetensors under its public names."""
-    save_tensors({name: value.float() for name, value in public_state(state).items()}, path)
+    save_tensors({name: value.float() for name, value in public_state(state).items()}, path, metadata)
 
 
 save_unet = save_text_encoder  # public_state knows either network
@@ -82,20 +87,35 @@ save_unet = save_text_encoder  # public_state knows either network
 def load_text_encoder(text_encoder: CLIPTextModel, path: Path | str) -> None:
     """Load tuned weights into a CLIPTextModel, strictly and in place.
 
-    path: a weight file (ours, the paper's, a trainer's, a whole model's), or a folder or hub id of a whole model or of
-    a text encoder alone. Raises UserError if there is no text encoder, it does not fit, or it holds NaN or infinity.
+    path: a weight file (ours, the paper's, a trainer's, a whole model's, or a LoRA, which is added to the weights that
+    text_encoder has), or a folder or hub id of a whole model or of a text encoder alone. Raises UserError if there is
+    no text encoder, it does not fit, or it holds NaN or infinity.
     """
-    fill_text_encoder(text_encoder, text_encoder_state(_read_tuned(path, "text_encoder"), path), path)
+    states = _read_tuned(path, "text_encoder")
+    if is_lora(states):
+        own = public_state(text_encoder.state_dict())
+        load_public_state(text_encoder, with_lora(own, states, "text_encoder", path), path)
+    else:
+        fill_text_encoder(text_encoder, text_encoder_state(states, path), path)
 
 
-def read_text_encoder(path: Path | str) -> dict[str, torch.Tensor]:
+def read_text_encoder(path: Path | str, base: Path | str) -> dict[str, torch.Tensor]:
     """The text encoder in `path`, anything that load_text_encoder takes, as a state dict under its public names.
 
-    Raises UserError if there is no text encoder or it holds NaN or infinity.
+    base: the model that a LoRA is added to; read only if `path` is a LoRA. Raises UserError if there is no text encoder
+    or it holds NaN or infinity.
     """
-    state = text_encoder_state(_read_tuned(path, "text_encoder"), path)
+    states = _read_tuned(path, "text_encoder")
+    if is_lora(states):
+        return with_lora(read_text_encoder(base, base), states, "text_encoder", path)
+    state = text_encoder_state(states, path)
     check_finite(state, path)
     return public_state(state)
+
+
+def needs_base(path: Path | str) -> bool:
+    """Whether `path` is a LoRA, which read_text_encoder adds to a base model."""
+    return Path(path).is_file() and is_lora(read_states(path, meta=True))
 
 
 def fill_text_encoder(text_encoder: CLIPTextModel, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -108,7 +128,11 @@ def fill_text_encoder(text_encoder: CLIPTextModel, state: dict[str, torch.Tensor
 
 def load_unet(unet: nn.Module, path: Path | str) -> None:
     """load_text_encoder for a UNet2DConditionModel."""
-    load_public_state(unet, unet_state(_read_tuned(path, "unet"), unet.config, path), path)
+    states = _read_tuned(path, "unet")
+    if is_lora(states):
+        load_public_state(unet, with_lora(public_state(unet.state_dict()), states, "unet", path), path)
+    else:
+        load_public_state(unet, unet_state(states, unet.config, path), path)
 
 
 def check_text_encoder(path: Path | str) -> None:
@@ -117,7 +141,10 @@ def check_text_encoder(path: Path | str) -> None:
     Quick: reads no weights, and nothing from the hub.
     """
     if Path(path).exists():
-        state = text_encoder_state(_read_tuned(path, "text_encoder", meta=True), path)
+        states = _read_tuned(path, "text_encoder", meta=True)
+        if is_lora(states):
+            return check_lora(states, "text_encoder", path)
+        state = text_encoder_state(states, path)
         if state["embeddings.token_embedding.weight"].shape[1] == 1280:
             raise UserError(f"{path}: is the second text encoder of Stable Diffusion XL (support is planned)")
     else:
@@ -127,7 +154,10 @@ def check_text_encoder(path: Path | str) -> None:
 def check_unet(path: Path | str) -> None:
     """check_text_encoder for load_unet."""
     if Path(path).exists():
-        check_unet_states(_read_tuned(path, "unet", meta=True), path)
+        states = _read_tuned(path, "unet", meta=True)
+        if is_lora(states):
+            return check_lora(states, "unet", path)
+        check_unet_states(states, path)
     else:
         _check_hub_id(path)
 

@@ -22,7 +22,8 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # fmt: off
 # What a file looks like, by the names in it: (pattern, what the file is). The first match counts.
 OTHER_MODELS = (
-    (r"lora_|\.lora\.|_lora\.|hada_w|lokr_w",               "a LoRA; merge it into its model and save that"),
+    (r"hada_w|lokr_w|dora_scale",                           "a LoHa, LoKr or DoRA; merge it into its model first"),
+    (r"lora_|\.lora\.|_lora\.",                             "a LoRA; give it as --text_path or --unet_path"),
     (r"^string_to_param|^emb_params$|^clip_[lg]$",          "a textual-inversion embedding"),
     (r"conditioner\.embedders\.0\.model\.",                 "a Stable Diffusion XL refiner"),
     (r"conditioner\.embedders\.",                           "a Stable Diffusion XL model (support is planned)"),

@@ -10,11 +10,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from textcraftor.bank import open_bank, with_bank
 from textcraftor.errors import UserError
 from textcraftor.files import free_bytes, write_whole
 from textcraftor.mixing import Weighted
 from textcraftor.models import Model, latent_shape, load_model, make_networks
-from textcraftor.sampling import make_images, make_scheduler, prompt_noise, step_generators
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise, sample_last_k, step_generators
 from textcraftor.weight_files import load_text_encoder, load_unet
 
 # Last bytes of a complete file, and the bytes per pixel that a file rarely exceeds: PNG as the raw pixels, JPEG at
@@ -51,24 +52,34 @@ def load_pipeline(model, scheduler, steps, text_path="", unet_path=""):
 
 
 @torch.inference_mode()
-def generate(pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0):
+def generate(
+    pipeline, tuned, prompts, indices, *, seed, grad_steps, guidance, weighting=1.0, tune_unconditional=True, bank=None
+):
     """B prompts -> images (B, 3, H, W) in [0, 1], fp32, on the pipeline's device, made as in training.
 
     tuned: a text encoder, or a list of mixing.Weighted ones. Latents and scheduler are fp32; each network computes in
     the type of its weights. The last grad_steps steps use weighting * tuned + (1 - weighting) * original text
-    embeddings in both branches of guidance, the steps before the original ones. All random numbers of image i derive
-    from (seed, indices[i]). Threads may share the pipeline.
+    embeddings, in both branches of guidance or, without tune_unconditional, in the prompts' alone; the steps before the
+    original ones, from a bank (bank.py) if there is one. All random numbers of image i derive from (seed, indices[i]).
+    Threads may share the pipeline.
     """
     model = _model(pipeline)
     noise = prompt_noise(seed, indices, latent_shape(model))
     return make_images(
-        make_networks(model, tuned), pipeline.scheduler, prompts, noise,
+        make_networks(model, tuned, tune_unconditional), pipeline.scheduler, prompts, noise,
         tuned_steps=grad_steps, guidance=guidance, weighting=weighting, generators=step_generators(seed, indices),
+        sampler=with_bank(bank, sample_last_k, prompts, noise) if bank else None,
     )  # fmt: skip
 
 
 def _model(pipeline):
     return Model(pipeline.tokenizer, pipeline.text_encoder, pipeline.unet, pipeline.vae, {})
+
+
+def open_bank_of(args, pipeline):
+    """The bank of a test's first steps in the folder args.bank, fp32, so that images are the same to the bit."""
+    stops = (args.step - args.grad_steps,)
+    return open_bank(args.bank, _model(pipeline), pipeline.scheduler, args.guidance, stops, torch.float32)
 
 
 def image_size(pipeline):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from textcraftor.benchmark.prompt_lists import Benchmark
 from textcraftor.errors import UserError
+from textcraftor.files import check_writable
 from textcraftor.mixing import Weighted, parse_weighted
 from textcraftor.options import (
     MINIATURE,
@@ -18,6 +19,7 @@ from textcraftor.options import (
     miniature_defaults,
     require,
 )
+from textcraftor.recorded import TESTED, shared_settings
 
 MODEL = "./stable-diffusion-v1-5"
 PAPER = "checkpoints/tc_text_e_0_iter_10000.pth"  # the paper's text encoder
@@ -44,6 +46,8 @@ OPTIONS = (
     ("--step",             25,                  "T, number of sampling steps"),
     ("--grad_steps",       TEST_TUNED_STEPS,    "number of last steps that use the tuned text encoder"),
     ("--guidance",         7.5,                 "classifier-free guidance scale"),
+    ("--tune_unconditional", ("", "on", "off"), "tuned encoder for the empty prompt, too"),
+    ("--bank",             "",                  "keep the first steps here, for tests of other encoders (DDIM only)"),
     ("--prompt_weighting", 1.0,                 "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--seed",             TEST_SEED,           "seed of the noise; each prompt has its own noise"),
     ("--batch-size",       8,                   "images per batch on each device"),
@@ -52,7 +56,7 @@ OPTIONS = (
 )
 # fmt: on
 # Options that change the images. The images of --score_only were made without them.
-SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "seed")
+SAMPLING = ("scheduler", "step", "grad_steps", "guidance", "prompt_weighting", "tune_unconditional", "seed")
 
 
 def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None = None) -> Namespace:
@@ -74,11 +78,16 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args = parser.parse_args(argv)
     args.encoders = encoders
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
-    args.fetch, extender = not args.prompts, EXTENDER
-    if args.model == "miniature":
+    fetch, extender, miniature = not args.prompts, EXTENDER, args.model == "miniature"
+    given = given_options(parser, argv)
+    if miniature:
         guidance, prompts = miniature_defaults()["guidance"], str(MINIATURE / "benchmarks" / benchmark.prompts)
         parser.set_defaults(weights=str(MINIATURE), prompts=prompts, guidance=guidance, batch_size=16)
-        args = parser.parse_args(argv)
+    # What the weights were trained for comes before these defaults, and flags come before both.
+    parser.set_defaults(**{"tune_unconditional": "on"} | shared_settings([path for path, _ in encoders], given))
+    args = parser.parse_args(argv)
+    args.fetch = fetch
+    if miniature:
         args.model, args.fetch, extender = MINIATURE_MODEL, False, str(MINIATURE / "extender")
     args.encoders, args.text_path = encoders, " ".join(args.text_path)
     args.prompt_eng = extender if args.prompt_eng is True else args.prompt_eng
@@ -86,6 +95,15 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args.output_path = args.output_path or args.score_only or default_output
     check_options(args)
     return args
+
+
+def given_options(parser, argv):
+    """Those of the options TESTED that are on the command line."""
+    defaults = {name: parser.get_default(name) for name in TESTED}
+    parser.set_defaults(**dict.fromkeys(TESTED))
+    args = parser.parse_args(argv)
+    parser.set_defaults(**defaults)
+    return {name for name in TESTED if getattr(args, name) is not None}
 
 
 def parse_encoders(specs: list[str]) -> list[Weighted]:
@@ -130,6 +148,15 @@ def check_options(args):
     """Raise UserError, one line, for options that make no sense together or cannot work."""
     require(args, {"step batch_size guidance": 1, "grad_steps limit seed prompt_weighting": 0})
     check_tuned_steps(args)
+    if args.bank and (args.scheduler != "DDIM" or args.score_only or args.grad_steps == args.step):
+        why = {
+            args.scheduler != "DDIM": f"--scheduler {args.scheduler} needs more than the latents to go on from",
+            args.grad_steps == args.step: f"with --grad_steps {args.grad_steps} there are none",
+            bool(args.score_only): "--score_only makes no images",
+        }[True]
+        raise UserError(f"--bank keeps the steps before the tuned ones, and {why}; leave it out")
+    if args.bank:
+        check_writable(args.bank, "--bank")
     if args.score_only and not Path(args.score_only).is_dir():
         raise UserError(f"--score_only {args.score_only}: no such folder; expected a folder of images")
     if args.score_only and args.prompt_eng:

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 
 from textcraftor.benchmark.extend import extend_prompt, load_extender
-from textcraftor.benchmark.images import generate, image_size, load_pipeline, save_image
+from textcraftor.benchmark.images import generate, image_size, load_pipeline, open_bank_of, save_image
 from textcraftor.benchmark.options import SAMPLING
 from textcraftor.benchmark.scores import file_view, find_image, score_files, score_images
 from textcraftor.embeddings import count_cut
@@ -55,6 +55,7 @@ class Generator:
         self.pipeline.to(device, dtype)
         for encoder in tuned:
             encoder.to(device, dtype)
+        self.bank = open_bank_of(args, self.pipeline) if args.bank else None
         self.savers = ThreadPoolExecutor(SAVERS)
         self.turn = Lock() if device.type == "cuda" else nullcontext()  # a GPU is not faster with two batches at once
 
@@ -83,6 +84,7 @@ class Generator:
         return generate(
             self.pipeline, self.tuned, prompts, indices, seed=self.args.seed, grad_steps=self.args.grad_steps,
             guidance=self.args.guidance, weighting=self.args.prompt_weighting,
+            tune_unconditional=self.args.tune_unconditional == "on", bank=self.bank,
         )  # fmt: skip
 
     def _save_and_score(self, images, rows):

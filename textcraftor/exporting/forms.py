@@ -17,9 +17,10 @@ from transformers import CLIPTextConfig
 
 from textcraftor import models
 from textcraftor.errors import UserError, first_line
-from textcraftor.exporting.lora import diffusers_lora, kohya_lora, lora_of_difference
+from textcraftor.exporting.lora import lora_of_difference
 from textcraftor.exporting.original_names import LDM_TEXT, LDM_UNET, LDM_VAE, original_text, original_unet, original_vae
 from textcraftor.files import write_whole
+from textcraftor.lora_files import diffusers_lora, kohya_lora, kohya_metadata
 from textcraftor.weight_files import load_public_state
 from textcraftor.weights import read_states, save_tensors
 
@@ -51,10 +52,9 @@ def export(form: str, model: str, original: State, tuned: State, output: Path, d
         return f"ComfyUI: models/checkpoints; A1111: models/Stable-diffusion{note}"
     factors, error = lora_of_difference(original, tuned, rank)
     if form == "lora":
-        save_tensors(cast(diffusers_lora(factors), dtype), output)
+        save_tensors(cast(diffusers_lora("text_encoder", factors), dtype), output)
         return f"LoRA of rank {rank}: {error}"
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
-    save_tensors(cast(kohya_lora(factors), dtype), output, metadata | {"ss_base_model_version": "sd_v1"})
+    save_tensors(cast(kohya_lora("text_encoder", factors), dtype), output, kohya_metadata(rank, rank))
     return f"LoRA of rank {rank}: {error}"
 
 

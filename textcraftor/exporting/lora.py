@@ -5,13 +5,7 @@ from typing import NamedTuple
 import torch
 
 from textcraftor.errors import UserError
-
-
-class Factors(NamedTuple):
-    """The LoRA of one linear layer, which adds up @ down to its weights."""
-
-    down: torch.Tensor  # (R, inputs)
-    up: torch.Tensor  # (outputs, R)
+from textcraftor.lora_files import Factors
 
 
 class LoraError(NamedTuple):
@@ -65,21 +59,3 @@ def lora_of_difference(
     not_covered = squared["not covered"] / squared["all"]
     total = ((squared["missed"] + squared["not covered"]) / squared["all"]) ** 0.5
     return factors, LoraError(sum(errors.values()) / len(errors), errors[largest], largest, not_covered, total)
-
-
-def diffusers_lora(factors: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """The names that `pipeline.load_lora_weights` and ComfyUI read."""
-    state = {}
-    for layer, (down, up) in factors.items():
-        state |= {f"text_encoder.{layer}.lora_A.weight": down, f"text_encoder.{layer}.lora_B.weight": up}
-    return state
-
-
-def kohya_lora(factors: dict[str, Factors]) -> dict[str, torch.Tensor]:
-    """The names of kohya's scripts, which A1111, ComfyUI and diffusers read; alpha = rank, a scale of 1."""
-    state = {}
-    for layer, (down, up) in factors.items():
-        name = f"lora_te_{layer.replace('.', '_')}"
-        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        state |= {f"{name}.alpha": torch.tensor(float(len(down)))}
-    return state

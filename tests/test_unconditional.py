@@ -1,0 +1,78 @@
+"""--tune_unconditional off: the empty prompt keeps the original embedding, in training, tests and pipelines."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from test_train import command, train, work  # noqa: F401
+
+from textcraftor.benchmark.images import generate, load_pipeline
+from textcraftor.benchmark.options import parse_options as parse_test_options
+from textcraftor.benchmark.prompt_lists import PARTI
+from textcraftor.errors import UserError
+from textcraftor.pipelines import attach_encoder
+from textcraftor.recorded import record, recorded_settings, tunes_unconditional
+from textcraftor.training_options import parse_options
+from textcraftor.weight_files import read_text_encoder, save_text_encoder
+
+
+@pytest.fixture
+def files(stable_diffusion, tmp_path):
+    """Two tuned encoders, trained with the empty prompt and without."""
+    state, generator = read_text_encoder(stable_diffusion, ""), torch.Generator().manual_seed(1)
+    state = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
+    found = {}
+    for how in ("on", "off"):
+        found[how] = str(tmp_path / f"{how}.safetensors")
+        settings = {"step": 10, "grad_steps": 6, "guidance": 3.0, "tune_unconditional": how}
+        save_text_encoder(state, found[how], record(settings))
+    return found
+
+
+def test_a_run_says_how_it_sampled_and_later_programs_follow(work, command):  # noqa: F811
+    run = [*command, "--max_steps", 1, "--gradient", "drtune", "--driven", 3, "--grad_steps", 1, "--guidance", 4]
+    train(*run, "--tune_unconditional", "off", "--lora_rank", 2)
+    train(*run, "--tune_unconditional", "off", "--output-path", "full")
+    for path in ("output/tc_text_lora.safetensors", "full/tc_text.safetensors", "full/tc_text_best.safetensors"):
+        wanted = {"step": 3, "grad_steps": 3, "guidance": 4.0, "tune_unconditional": "off", "gradient": "drtune"}
+        assert wanted.items() <= recorded_settings(path).items()
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["textcraftor"]) == recorded_settings(path)
+        test = parse_test_options(PARTI, "", ["--text_path", path, "--output_path", "x"])
+        assert (test.step, test.grad_steps, test.guidance, test.tune_unconditional) == (3, 3, 4.0, "off")
+        test = parse_test_options(PARTI, "", ["--text_path", path, "--guidance=2", "--tune-unconditional", "on"])
+        assert (test.step, test.guidance, test.tune_unconditional) == (3, 2, "on")
+    second = ["--text_path", "full/tc_text.safetensors", "--lr_text", "0", "--lr_unet", "1e-6", "--output-path", "y"]
+    assert parse_options(second).tune_unconditional == "off"
+    assert parse_options(["--output-path", "y"]).tune_unconditional == "on"
+
+
+def test_files_that_say_nothing_or_different_things(files, tmp_path):
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"PK" + bytes(100))
+    assert recorded_settings(other) == recorded_settings(tmp_path) == recorded_settings("somebody/model") == {}
+    assert tunes_unconditional([str(other)]) and tunes_unconditional([]) and not tunes_unconditional([files["off"]])
+    both = ["--text_path", f"{files['on']}=0.5", "--text_path", f"{files['off']}=0.5"]
+    with pytest.raises(UserError, match="on.safetensors was trained for --tune_unconditional on, .*off.* choose one"):
+        parse_test_options(PARTI, "", both)
+    assert parse_test_options(PARTI, "", [*both, "--tune_unconditional", "on"]).step == 10
+    plain = parse_test_options(PARTI, "", ["--text_path", ""])
+    assert (plain.step, plain.grad_steps, plain.guidance, plain.tune_unconditional) == (25, 15, 7.5, "on")
+
+
+def test_test_programs_and_pipelines_make_the_same_image(stable_diffusion, files, monkeypatch):
+    pipeline, tuned = load_pipeline(str(stable_diffusion), "DDIM", 10, files["off"])
+    noise = torch.from_numpy(np.random.default_rng([5, 7]).standard_normal((1, 4, 8, 8), dtype=np.float32))
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", lambda *arguments: noise.clone())
+    images = {}
+    for how, both in (("on", True), ("off", False)):
+        settings = {"seed": 5, "grad_steps": 6, "guidance": 3.0, "tune_unconditional": both}
+        ours = generate(pipeline, tuned, ["a red fox"], [7], **settings)
+        attach_encoder(pipeline, files[how], 6)
+        stock = pipeline("a red fox", num_inference_steps=10, guidance_scale=3.0, output_type="pt").images
+        torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
+        images[how] = ours
+    assert (images["on"] - images["off"]).abs().max() > 1e-3

@@ -1,0 +1,51 @@
+"""What a weight file says about the run that made it: how it sampled, and so how to sample with it.
+
+Nothing here imports torch, so programs can take defaults from it before they check their options.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from textcraftor.errors import UserError
+
+KEY = "textcraftor"  # in the metadata of a safetensors file
+# Options of the test programs whose defaults come from the weights.
+TESTED = ("step", "grad_steps", "guidance", "tune_unconditional")
+
+
+def record(settings: Mapping) -> dict[str, str]:
+    """Settings -> metadata of a safetensors file."""
+    return {KEY: json.dumps(dict(settings))}
+
+
+def recorded_settings(path: Path | str) -> dict:
+    """The settings in a safetensors file's header; {} for other files, folders and hub ids, and if it has none."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 2**27 else {}
+        return json.loads(header["__metadata__"][KEY])
+    except (OSError, ValueError, KeyError, TypeError):  # another kind of file, which is judged when it is loaded
+        return {}
+
+
+def shared_settings(paths: list[str], given: set[str]) -> dict:
+    """The settings that the encoders at `paths` were trained for, as defaults of the test programs' options TESTED.
+
+    given: options on the command line, which need not agree. Raises UserError if two files say different things.
+    """
+    shared = {}
+    for path in paths:
+        for name, value in recorded_settings(path).items():
+            if name not in TESTED or name in given:
+                continue
+            if shared.setdefault(name, (value, path))[0] != value:
+                other, at = shared[name]
+                raise UserError(f"{at} was trained for --{name} {other}, {path} for {value}; choose one with --{name}")
+    return {name: value for name, (value, _) in shared.items()}
+
+
+def tunes_unconditional(paths: list[str]) -> bool:
+    """Whether the tuned encoders at `paths` drive the unconditional branch of guidance as well; yes if none says."""
+    return shared_settings(paths, {"step", "grad_steps", "guidance"}).get("tune_unconditional", "on") == "on"
