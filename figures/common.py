@@ -1,11 +1,14 @@
 """What the figures share: options, loading, and drawing with the original and the tuned text encoder."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from textcraftor.benchmark.images import image_size, load_pipeline
 from textcraftor.errors import UserError, first_line
+from textcraftor.files import check_picture_name
 from textcraftor.image_files import upright_rgb
 from textcraftor.models import check_model, quiet_libraries
 from textcraftor.options import (
@@ -38,6 +41,9 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
     if args.model == "miniature":
         args.model, args.guidance = MINIATURE_MODEL, miniature_defaults()["guidance"]
     require(args, {"seed": 0})
+    if not args.prompt.strip():
+        raise UserError("--prompt is empty; say what to draw")
+    check_picture_name(Path(args.output), "--output")
     paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]
     files = [(getattr(args, name, ""), f"--{name}") for name in ("image", "mask")]
     checks = [(read_picture, path, option) for path, option in files if path]
@@ -79,7 +85,8 @@ def read_picture(path, option):
         with Image.open(path) as picture:
             return upright_rgb(picture)
     except (OSError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{option} {path}: cannot be read as a picture ({first_line(problem)})") from problem
+        why = getattr(problem, "strerror", None) or first_line(problem)
+        raise UserError(f"{option} {path}: cannot be read as a picture ({why})") from problem
 
 
 def write(args, groups, notes, title):

@@ -5,7 +5,6 @@ $ python -m rewards.check
 A score that golden.json does not have yet is recorded there. Please contribute it, so that others can compare theirs.
 """
 
-import argparse
 import json
 import platform
 from pathlib import Path
@@ -15,11 +14,16 @@ import torch
 
 from rewards import check_files, load_reward
 from textcraftor.errors import UserError, run_program
-from textcraftor.files import write_whole
+from textcraftor.files import read_json_object, write_json
+from textcraftor.options import REPOSITORY, make_parser
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = {"clip": 1e-3, "aesthetic": 1e-2, "pickscore": 2e-2, "hpsv2": 1e-3}  # fp32 on different devices
 SIZE = 512
+OPTIONS = (
+    ("--weights", str(REPOSITORY), "folder that holds hpsv2/, pickscore/ and aesthetic/"),
+    ("--golden", str(GOLDEN), "expected scores; other weights need another file"),
+)
 
 
 def pictures():
@@ -82,15 +86,24 @@ def compare(name, scores, golden):
     return lines, wrong
 
 
+def read_golden(path):
+    """The expected scores in a file, as `compare` takes them. Raises UserError if it holds something else."""
+    golden = read_json_object(path, f"expected scores as in {GOLDEN}")
+    kinds = {"reference", "recorded"}
+    if not all(
+        name in golden and all(kinds <= golden[name].get(prompt, {}).keys() for prompt in pictures())
+        for name in TOLERANCE
+    ):
+        raise UserError(f"{path}: expected scores of {', '.join(TOLERANCE)} for each picture, as in {GOLDEN}")
+    return golden
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--weights", default=root, help="folder with hpsv2/, pickscore/ and aesthetic/")
-    parser.add_argument("--golden", default=GOLDEN, type=Path, help="expected scores (others for other weights)")
-    args = parser.parse_args(argv)
+    args = make_parser(__doc__, OPTIONS).parse_args(argv)
+    args.golden = Path(args.golden)
     check_files(list(TOLERANCE), args.weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    golden, wrong, confused = json.loads(args.golden.read_text()), 0, 0
+    golden, wrong, confused = read_golden(args.golden), 0, 0
     before, released = json.dumps(golden), args.golden.resolve() == GOLDEN.resolve()
     for name in TOLERANCE:
         reward = load_reward(name, args.weights, device)
@@ -111,8 +124,7 @@ def main(argv=None):
     if json.dumps(golden) != before:
         machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
         golden["recorded on"] = f"{machine}, torch {torch.__version__}"
-        with write_whole(args.golden) as unfinished:
-            unfinished.write_text(json.dumps(golden, indent=2) + "\n", encoding="utf-8")
+        write_json(args.golden, golden)
         print(f"recorded in {args.golden}")
     if wrong:
         raise UserError(f"{wrong} scores differ: the weights are not the released ones, or a library has changed")

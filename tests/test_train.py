@@ -127,7 +127,7 @@ def test_three_steps_on_real_prompts_with_all_four_rewards(stable_diffusion, rew
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "981 prompts to train on, 3 held out." in done.stdout
-    assert "left out 9 empty, 5 repeated and 0 bad rows" in done.stdout
+    assert "rows left out: 9 empty, 5 repeated" in done.stdout
     rows = table(tmp_path)
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     for row in rows[1:]:
@@ -455,7 +455,7 @@ def test_bad_rows_are_said_and_skipped(work, command, capsys):
     said = capsys.readouterr().out
     assert "2 prompts to train on, 2 held out" in said
     assert "and 13 bad rows, the first bad one at line 2" in said
-    assert "held.txt: left out 0 empty, 0 repeated and 1 bad rows, the first bad one at line 2" in said
+    assert "held.txt: rows left out: 1 bad, the first bad one at line 2" in said
     numbers = [*((f"bad.csv: line {line}") for line in [*range(2, 14), 17]), "held.txt: line 2"]
     assert Path("output/bad_rows.txt").read_text().splitlines() == numbers
 

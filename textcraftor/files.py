@@ -61,6 +61,15 @@ def free_bytes(folder: Path | str) -> int:
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
 
 
+def check_picture_name(path: Path, option: str) -> None:
+    """Raise UserError unless `path` is a name for a PNG file in a folder that can be written to."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{option} {path}: expected a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; expected the name of a picture")
+    check_writable(path.parent, option)
+
+
 def check_writable(folder: Path | str, option: str) -> None:
     """Raise UserError unless files can be written in `folder`, which is not made if it does not exist yet.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import regex
 
 from textcraftor.errors import UserError
-from textcraftor.files import check_writable
+from textcraftor.files import check_picture_name
 from textcraftor.options import (
     MINIATURE_MODEL,
     TEST_SEED,
@@ -59,16 +59,7 @@ def check_options(args):
         raise UserError("no --text_path: name the tuned text encoder to compare with the original one")
     if not word_spans(args.prompt):
         raise UserError(f"the prompt {args.prompt!r} has no word: nothing to draw a map of")
-    check_output(Path(args.output_path))
-
-
-def check_output(path):
-    """Raise UserError unless `path` is a name for a PNG file in a folder that can be written to."""
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output_path {path}: expected a name that ends in .png")
-    if path.is_dir():
-        raise UserError(f"--output_path {path}: is a folder; expected the name of a picture")
-    check_writable(path.parent, "--output_path")
+    check_picture_name(Path(args.output_path), "--output_path")
 
 
 def word_spans(prompt):

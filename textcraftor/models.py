@@ -117,7 +117,7 @@ def check_model(model: str) -> None:
     elif path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
         raise UserError(
             f"{model}: no such model. Get Stable Diffusion v1.5, into stable-diffusion-v1-5/: {command('sd')} "
-            "(or name another folder, single file or hub id with --model, or train the small model in this repository: "
+            "(or name another folder, single file or hub id with --model, or use the small model in this repository: "
             "--model miniature)"
         )
 

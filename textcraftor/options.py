@@ -1,6 +1,7 @@
 """Build command-line parsers from a table of options; every error is one line."""
 
 import argparse
+import difflib
 import json
 import math
 from pathlib import Path
@@ -59,7 +60,10 @@ def make_parser(description, options):
         parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment.replace("%", "%%"), **how)
 
     def fail(message):
-        raise UserError(f"{message} (--help lists all options)")
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1) if unknown.startswith("-") else []
+        guess = f"; did you mean {near[0]}?" if near and message.startswith("unrecognized") else ""
+        raise UserError(f"{message}{guess} (--help lists all options)")
 
     parser.error = fail
     return parser

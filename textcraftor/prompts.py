@@ -53,8 +53,10 @@ def read_prompts(path: Path | str) -> tuple[list[str], dict]:
 def describe(path: Path | str, report: dict) -> str:
     """One line for the user: which column of the prompt file is used, and what was left out."""
     column = "" if report["column"] is None else f"reading the column `{report['column']}`; "
-    dropped = f"left out {report['empty']} empty, {report['duplicate']} repeated and {len(report['bad'])} bad rows"
-    return f"{path}: {column}{dropped}" + (f", the first bad one at line {report['bad'][0]}" if report["bad"] else "")
+    counts = {"empty": report["empty"], "repeated": report["duplicate"], "bad": len(report["bad"])}
+    dropped = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    first = f", the first bad one at line {report['bad'][0]}" if report["bad"] else ""
+    return f"{path}: {column}rows left out: {dropped or 'none'}{first}"
 
 
 class PromptFile(Sequence):

@@ -30,6 +30,8 @@ def look(run, step, count, check_stop):
         return run.sample(prompts, noise, tuned_steps=held_out_tuned_steps(run.args.step), sampler=sampler)
 
     held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
+    if step == 0:
+        run.say(f"first, {count} held-out prompts as they are before training")
     with run.averaged():
         scores, images = validate(
             run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
