@@ -23,14 +23,15 @@ from rewards import REWARDS, load_reward
 from rewards.own import load_function
 from rewards.sum import RewardSum
 from textcraftor.errors import UserError, run_program
+from textcraftor.files import check_picture_name
 from textcraftor.models import load_model, quiet_libraries
-from textcraftor.options import TEST_TUNED_STEPS
+from textcraftor.options import TEST_TUNED_STEPS, check_all
 from textcraftor.pictures import before_after_grid
 from textcraftor.prompts import read_prompts
 from textcraftor.recorded import tunes_unconditional
 from textcraftor.statistics import paired_table
 from textcraftor.validation import validate
-from textcraftor.weight_files import load_text_encoder
+from textcraftor.weight_files import check_text_encoder, load_text_encoder
 
 JUDGED = ("right", "clean", "right_and_clean", *LOOKS)
 PICTURES = 16  # the first prompts' pictures are shown: a rule, not a choice
@@ -55,6 +56,9 @@ def main() -> None:
             f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
             f"{args.prompts}, and an interval needs two"
         )
+    check_all([(check_text_encoder, path) for path in args.text_path])
+    if args.picture:
+        check_picture_name(Path(args.picture), "--picture")
     evaluate = Evaluation(prompts, args.start, args.guidance)
     print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
     before = evaluate(steps=0)
