@@ -454,7 +454,7 @@ def test_bad_rows_are_said_and_skipped(work, command, capsys):
     train(*command, "--prompts", "bad.csv", "--val_prompts", "held.txt", "--max_steps", 1)
     said = capsys.readouterr().out
     assert "2 prompts to train on, 2 held out" in said
-    assert "and 13 bad rows, the first bad one at line 2" in said
+    assert "13 bad, the first bad one at line 2" in said
     assert "held.txt: rows left out: 1 bad, the first bad one at line 2" in said
     numbers = [*((f"bad.csv: line {line}") for line in [*range(2, 14), 17]), "held.txt: line 2"]
     assert Path("output/bad_rows.txt").read_text().splitlines() == numbers
