@@ -88,7 +88,7 @@ STEPS = {
     "pickscore": 600,
     "hpsv2": 600,
     "aesthetic": 4_000,
-    "judge": 3_000,
+    "judge": 5_000,
     "extender": 1_000,
 }
 
