@@ -127,7 +127,7 @@ def test_training_recipes_have_the_papers_settings(call):
     # The miniature keeps the batch, K and learning rate that suit it; the weights are the row's.
     options = parse_options(call("single_reward hpsv2", "--model", "miniature")[1])
     assert options.weighted == {"clip": 1, "hpsv2": 1}
-    assert (options.batch_size, options.gradient_accumulation_steps, options.grad_range) == (16, 1, (15, 15))
+    assert (options.batch_size, options.gradient_accumulation_steps, options.grad_range) == (16, 1, (5, 5))
     assert options.output_path == f"{call.clone}/output_miniature_hpsv2"
 
     for recipe, *arguments in (

@@ -132,7 +132,7 @@ def test_disk_for_a_moving_average_is_counted(tmp_path, monkeypatch):
 
 def test_options_that_make_no_sense_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert parse_options(["--model", "miniature"]).grad_steps == "15"  # as recorded when it is spelled out
+    assert parse_options(["--model", "miniature"]).grad_steps == "5"  # as recorded when it is spelled out
     for options, message in (
         (["--reward", "own.py:anchor=1"], "two columns of metrics.csv would be called anchor"),
         (["--ema", "1"], "--ema 1.0: must be below 1"),

@@ -68,7 +68,7 @@ def grid(groups, prompts, notes, title):
         x = MARGIN + index % columns * (cell + MARGIN)
         y = top + MARGIN + index // columns * row_height
         for number, image in enumerate(group):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.BICUBIC)
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((width, height), Image.LANCZOS)
             page.paste(picture, (x + number * (width + GAP), y))
         for number, line in enumerate(text):
             draw_text(page, (x, y + height + 4 + 13 + LINE * number), line, TEXT)
