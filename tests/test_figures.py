@@ -56,7 +56,7 @@ def by_hand(pipeline, tuned=None, **options):
 
 def same(found, pictures):
     """Whether panels show these pictures: much closer to them than they are to each other, all being different."""
-    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.BICUBIC)).astype(float) for picture in pictures]
+    expected = [np.array(picture.resize((SMALLEST, SMALLEST), Image.LANCZOS)).astype(float) for picture in pictures]
     apart = min(np.abs(one - other).mean() for one, other in itertools.combinations(expected, 2))
     distances = [np.abs(one - other).mean() for one, other in zip(found, expected, strict=True)]
     return 5 * max(distances) < apart
