@@ -64,7 +64,7 @@ def test_both_formats_are_what_diffusers_adds_and_what_our_programs_add(stable_d
         theirs, ours = stock(stable_diffusion), stock(stable_diffusion)
         for part, network in networks.items():
             path = tmp_path / f"{part}_{save.__name__}.safetensors"
-            save(network, part, path)
+            save(network, part, path, {})
             theirs.load_lora_weights(path, adapter_name=part)
             (check_text_encoder if part == "text_encoder" else check_unet)(path)
             LOAD[part](getattr(ours, part), path)
@@ -139,7 +139,7 @@ def test_a_start_from_a_lora_is_a_start_from_its_sum(networks, tmp_path):
     encoder = copy.deepcopy(networks["text_encoder"])
     add_lora(encoder, "text_encoder", 2, 2, 0)
     randomise(encoder)
-    save_lora(encoder, "text_encoder", tmp_path / "one.safetensors")
+    save_lora(encoder, "text_encoder", tmp_path / "one.safetensors", {})
     other = copy.deepcopy(networks["text_encoder"])
     add_lora(other, "text_encoder", 2, 2, seed=5)
     load_lora(other, "text_encoder", tmp_path / "one.safetensors")
