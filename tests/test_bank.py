@@ -80,6 +80,12 @@ def evaluations(monkeypatch):
     return seen
 
 
+def quiet(command, step, grad_steps):  # noqa: F811
+    """A run of `step` sampling steps without recomputation, that validates at its ends only and draws no samples."""
+    how = ["--gradient_checkpointing", "none", "--step", step, "--grad_steps", grad_steps]
+    return [*command, *how, "--val_every", 0, "--sample_every", 0]
+
+
 def spent(evaluations):
     total = sum(evaluations)
     evaluations.clear()
@@ -87,21 +93,7 @@ def spent(evaluations):
 
 
 def test_a_run_with_a_bank_is_the_run_without(work, command, evaluations):  # noqa: F811
-    run = [
-        *command,
-        "--gradient_checkpointing",
-        "none",
-        "--step",
-        20,
-        "--grad_steps",
-        2,
-        "--val_every",
-        0,
-        "--sample_every",
-        0,
-        "--save_every",
-        2,
-    ]
+    run = [*quiet(command, 20, 2), "--save_every", 2]
     train(*run, "--output-path", "plain")
     plain = spent(evaluations)
     train(*run, "--output-path", "banked", "--bank", "bank")
@@ -130,21 +122,7 @@ def test_a_run_with_a_bank_is_the_run_without(work, command, evaluations):  # no
 
 
 def test_a_bank_filled_beforehand_saves_the_first_steps(work, command, evaluations):  # noqa: F811
-    run = [
-        *command,
-        "--gradient_checkpointing",
-        "none",
-        "--step",
-        10,
-        "--grad_steps",
-        2,
-        "--val_every",
-        0,
-        "--sample_every",
-        0,
-        "--max_steps",
-        16,
-    ]
+    run = [*quiet(command, 10, 2), "--max_steps", 16]
     run += ["--bank", "bank", "--reuse", 4]
     train(*run, "--fill")
     assert spent(evaluations) == 8 * 8 and not Path("output").exists()  # 4 updates of 2 images, 8 steps each
@@ -168,21 +146,7 @@ def test_two_processes_share_a_bank(work, command):  # noqa: F811
 
 
 def test_validation_runs_its_first_steps_once(work, command, evaluations):  # noqa: F811
-    run = [
-        *command,
-        "--gradient_checkpointing",
-        "none",
-        "--step",
-        25,
-        "--grad_steps",
-        1,
-        "--val_every",
-        1,
-        "--sample_every",
-        0,
-        "--max_steps",
-        3,
-    ]
+    run = [*quiet(command, 25, 1), "--val_every", 1, "--max_steps", 3]
     train(*run)
     training, validations = 3 * 2 * 25, 4 * 2 * 15 + 2 * 10
     assert spent(evaluations) == training + validations
