@@ -1,65 +1,64 @@
 """Where the gradient goes and what it costs: each way of --gradient, with and without a trajectory bank, three seeds.
 
-    python -m experiments.ways                  trains into output_experiments/, what is there is not trained again
-    python -m experiments.ways --count 64       on fewer held-out prompts
+    python -m experiments.ways
 
-Prints, for each way, the change of every score over the base on held-out prompts, averaged over the seeds, with paired
-95 % intervals, and the UNet evaluations that an image of an update needs: forward in all (reused ones divided by how
-often they are used) and those of them with a backward pass.
+Prints the FLOPs of an image of an update, a bank's entries shared out among their uses; then, for each way, the change
+of every score over the base on held-out prompts, averaged over the seeds, with paired 95 % intervals: after as many
+updates as the default run has, and after as many FLOPs.
 """
 
-import argparse
-import json
+from experiments.runs import SEEDS, UPDATES, changes, flops, header, mean, measure, row, train
 
-import torch
-
-from experiments.default_run import FOLDER, SEEDS, train
-from miniature.evaluate import Evaluation
-from miniature.measure import HERE
-from textcraftor.prompts import read_prompts
-from textcraftor.statistics import paired_interval
-
-DRIVEN = 15
-# Name: (options, forward evaluations for an image of 25 steps, backward ones).
+REFL = ("--gradient", "refl", "--grad_steps", "1")
 WAYS = {
-    "last_k, K = 5": ((), 25, 5),
-    "last_k, K = 15": (("--grad_steps", "15"), 25, 15),
-    "last_k, K = 1-5": (("--grad_steps", "1-5"), 25, 3),
-    "drtune, 3 of 15": (("--gradient", "drtune", "--grad_steps", "3"), 25, 3),
-    "refl": (("--gradient", "refl", "--grad_steps", "1"), 18, 1),
-    "refl, last 5": (("--gradient", "refl", "--grad_steps", "1", "--driven", "5"), 23, 1),
-    "refl, last 5, original unconditional": (
-        ("--gradient", "refl", "--grad_steps", "1", "--driven", "5", "--tune_unconditional", "off"), 23, 0.5,
-    ),
-    "refl, last 5, used 4 times": (
-        ("--gradient", "refl", "--grad_steps", "1", "--driven", "5", "--bank", str(FOLDER / "bank"), "--reuse", "4"),
-        24 / 4 + 1, 1,
-    ),
-    "last_k, K = 5, used 4 times": (("--bank", str(FOLDER / "bank"), "--reuse", "4"), 20 / 4 + 5, 5),
-}  # fmt: skip
-SCORES = ("total", "clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean")
+    "last_k, K = 5": (),
+    "last_k, K = 10": ("--grad_steps", "10"),
+    "last_k, K = 15": ("--grad_steps", "15"),
+    "last_k, K = 1-5": ("--grad_steps", "1-5"),
+    "last_k, K = 5, used 4 times": ("--reuse", "4"),
+    "drtune, 3 of the last 15": ("--gradient", "drtune", "--grad_steps", "3"),
+    "refl, last 15": (*REFL, "--bank", ""),  # 15 entries for each prompt, of which a run needs one
+    "refl, last 5": (*REFL, "--driven", "5"),
+    "refl, last 5, used 4 times": (*REFL, "--driven", "5", "--reuse", "4"),
+    "refl, last 5, used 10 times": (*REFL, "--driven", "5", "--reuse", "10"),
+    "last_k, K = 5, empty prompt tuned": ("--tune_unconditional", "on"),
+    "refl, last 5, empty prompt tuned": (*REFL, "--driven", "5", "--tune_unconditional", "on"),
+}
+
+
+def folder(way: str) -> str:
+    """The name of a way's runs: those of the default run are "default"."""
+    return way.replace("=", "").replace(",", "").replace(" ", "_") if WAYS[way] else "default"
+
+
+def trained(way: str, updates: int = UPDATES) -> list:
+    """The weights of all seeds after so many updates."""
+    return [train(folder(way), *WAYS[way], seed=seed, updates=updates) for seed in SEEDS]
+
+
+def cost(way: str) -> float:
+    """FLOPs of an image of an update."""
+    flags = WAYS[way]
+    if "--reuse" in flags:
+        place = flags.index("--reuse")
+        return flops(*flags[:place], reuse=int(flags[place + 1]))
+    return flops(*flags, updates=UPDATES if "refl" in flags or "1-5" in flags else 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=128, help="held-out prompts to measure on")
-    args = parser.parse_args()
-    guidance = json.loads((HERE / "defaults.json").read_text())["guidance"]
-    evaluate = Evaluation(read_prompts(str(HERE / "heldout.csv"))[0][: args.count], 0, guidance)
-    base, _ = evaluate(steps=0)
-    print(
-        "| way | forward / backward | " + " | ".join(SCORES) + " |\n| --- | --- |" + " --- |" * len(SCORES), flush=True
-    )
-    for name, (flags, forward, backward) in WAYS.items():
-        folder = name.replace(" ", "_").replace(",", "").replace("=", "")
-        runs = [train(f"{folder}_seed{seed}", "--seed", str(seed), "--val_every", "0", *flags) for seed in SEEDS]
-        looks = [evaluate(tuned=str(run / "tc_text.safetensors"), steps=DRIVEN)[0] for run in runs]
-        cells = []
-        for score in SCORES:
-            after = torch.stack([look[score] for look in looks]).mean(0)
-            change, low, high = paired_interval(base[score], after)
-            cells.append(f"{change:+.3g} [{low:+.3g}, {high:+.3g}]")
-        print(f"| {name} | {forward:g} / {backward:g} | " + " | ".join(cells) + " |", flush=True)
+    base, costs = measure(), {way: cost(way) for way in WAYS}
+    equal = {way: round(UPDATES * costs["last_k, K = 5"] / costs[way]) for way in WAYS}
+    print(header("way", "GFLOP", "of the default's", "updates for the same", scores=()))
+    for way in WAYS:
+        print(row(way, f"{costs[way] / 1e9:.1f}", f"{costs[way] / costs['last_k, K = 5']:.2f}", str(equal[way])))
+    for way in WAYS:  # a run goes on, so its earlier weights come first
+        for updates in sorted({UPDATES, equal[way]}):
+            trained(way, updates)
+    for title, updates in (("equal updates", dict.fromkeys(WAYS, UPDATES)), ("equal FLOPs", equal)):
+        print(f"\n{title}\n{header('way', 'updates')}", flush=True)
+        for way in WAYS:
+            look = mean([measure(weights) for weights in trained(way, updates[way])])
+            print(changes(way, str(updates[way]), look=look, before=base), flush=True)
 
 
 if __name__ == "__main__":

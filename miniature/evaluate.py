@@ -22,6 +22,7 @@ from miniature.world import LOOKS
 from rewards import REWARDS, load_reward
 from rewards.own import load_function
 from rewards.sum import RewardSum
+from textcraftor.bank import Bank, memory_bank
 from textcraftor.errors import UserError, run_program
 from textcraftor.files import check_picture_name
 from textcraftor.models import load_model, quiet_libraries
@@ -31,7 +32,7 @@ from textcraftor.prompts import read_prompts
 from textcraftor.recorded import tunes_unconditional
 from textcraftor.statistics import paired_table
 from textcraftor.validation import validate
-from textcraftor.weight_files import check_text_encoder, load_text_encoder
+from textcraftor.weight_files import check_text_encoder, load_text_encoder, load_unet
 
 JUDGED = ("right", "clean", "right_and_clean", *LOOKS)
 PICTURES = 16  # the first prompts' pictures are shown: a rule, not a choice
@@ -61,7 +62,7 @@ def main() -> None:
         check_picture_name(Path(args.picture), "--picture")
     evaluate = Evaluation(prompts, args.start, args.guidance)
     print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
-    before = evaluate(steps=0)
+    before = evaluate(steps=args.grad_steps)
     looks = [evaluate(tuned=path, steps=args.grad_steps) for path in args.text_path]
     after = {name: torch.stack([scores[name] for scores, _ in looks]).mean(0) for name in before[0]}
     print(paired_table(before[0], after))
@@ -84,21 +85,34 @@ class Evaluation:
         self.model = load_model(HERE / "stable-diffusion")
         weights = {name: weight for name, (weight, _) in REWARDS.items()}  # training's defaults
         self.rewards = RewardSum([(load_reward(name, HERE, "cpu"), weights[name]) for name in REWARDS])
+        self.banks: dict[int, Bank] = {}  # {steps that the tuned encoder drives: the first steps of each prompt}
         self.judge = [load_function(f"{HERE / 'judge.py'}:{name}") for name in JUDGED]
 
-    def __call__(self, tuned: str | None = None, words: str = "", steps: int = 15):
-        """({score: (N,)}, the first pictures) with the last `steps` steps driven by the encoder in file `tuned`, or
-        the original, that reads the prompts with `words` after them."""
-        encoder, both = (self.encoder(tuned), tunes_unconditional([tuned])) if tuned else (None, True)
-
-        def sample(batch, indices):
-            indices = [self.start + i for i in indices]
-            return make(self.model, batch, indices, self.guidance, encoder, words, steps, both)
-
+    def __call__(self, **options):
+        """({score: (N,)}, the first pictures); options: those of sampler()."""
         processes = Accelerator(cpu=True, mixed_precision="no")
+        sample = self.sampler(**options)
         scores, images = validate(processes, sample, self.rewards, self.judge, self.prompts, 32, PICTURES)
         # A judge's name is that of its function: path/to/judge.py:clean.
         return {name.rpartition(":")[2]: score for name, score in scores.items()}, images
+
+    def sampler(
+        self, tuned: str | None = None, words: str = "", steps: int = TEST_TUNED_STEPS, unet: str | None = None
+    ):
+        """(prompts, indices counted from `start`) -> images, with the last `steps` steps driven by the encoder in file
+        `tuned`, or the original, that reads the prompts with `words` after them; all steps by the UNet in file `unet`,
+        if any."""
+        encoder, both = (self.encoder(tuned), tunes_unconditional([tuned])) if tuned else (None, True)
+        model, bank = self.model, self.banks.setdefault(steps, memory_bank((STEPS - steps,))) if steps else None
+        if unet:
+            model, bank = self.model._replace(unet=copy.deepcopy(self.model.unet)), None
+            load_unet(model.unet, unet)
+
+        def sample(prompts, indices):
+            indices = [self.start + i for i in indices]
+            return make(model, prompts, indices, self.guidance, encoder, words, steps, both, bank)
+
+        return sample
 
     def encoder(self, path: str) -> CLIPTextModel:
         """The tuned text encoder in a file."""

@@ -14,6 +14,7 @@ from miniature import world
 from miniature.judge import see
 from miniature.preferences import FAVOURITES
 from rewards import REWARDS, load_reward
+from textcraftor.bank import Bank, with_bank
 from textcraftor.embeddings import encode_prompts, guidance_pair
 from textcraftor.models import Model, latent_shape, load_model, quiet_libraries
 from textcraftor.prompts import read_prompts
@@ -106,10 +107,12 @@ def make(
     words: str = "",
     steps: int = 15,
     tune_unconditional: bool = True,
+    bank: Bank | None = None,
 ) -> torch.Tensor:
     """Pictures (B, 3, 64, 64) of prompts from the fixed noise of their indices, the last `steps` of 25 steps driven by
     a tuned text encoder, or the model's own, that reads the prompts with `words` after them; the others by the model's
-    own that reads the prompts. Without tune_unconditional, so is the empty prompt in all steps."""
+    own that reads the prompts. Without tune_unconditional, so is the empty prompt in all steps. bank: of the first 25 -
+    `steps` steps, which are the same under every encoder."""
     tuned = tuned or model.text_encoder
     scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
     plain = guidance_pair(encode_prompts(model.tokenizer, model.text_encoder, ["", *prompts]))
@@ -117,8 +120,9 @@ def make(
     if not tune_unconditional:
         halves = ((plain[name].chunk(2)[0], told[name].chunk(2)[1]) for name in told)
         told = dict(zip(told, map(torch.cat, halves), strict=True))
-    predict = partial(predict_noise, model.unet, guidance)
-    return decode(model.vae, sample_last_k(predict, scheduler, validation_noise(indices, shape), plain, told, steps))
+    predict, noise = partial(predict_noise, model.unet, guidance), validation_noise(indices, shape)
+    sampler = with_bank(bank, sample_last_k, prompts, noise) if bank else sample_last_k
+    return decode(model.vae, sampler(predict, scheduler, noise, plain, told, steps))
 
 
 def measure_words(model: Model, prompts: list[str], guidance: float) -> dict[str, dict[str, float]]:

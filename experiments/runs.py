@@ -1,0 +1,161 @@
+"""Runs of the miniature, each trained once and measured once, whichever experiments need it.
+
+They lie in output_experiments/. Stop an experiment and start it again, and it goes on where it was. All compute in fp32
+and share a trajectory bank (textcraftor/bank.py), which changes no bit of the weights.
+"""
+
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from miniature.evaluate import Evaluation
+from miniature.measure import HERE
+from speed.networks import flop_counter
+from textcraftor.hashes import file_hash
+from textcraftor.prompts import read_prompts
+from textcraftor.statistics import paired_interval
+from textcraftor.training_options import parse_options
+from train_textcraftor import check_inputs, set_up, train_step
+
+FOLDER = Path("output_experiments")
+DEFAULTS = json.loads((HERE / "defaults.json").read_text())
+UPDATES = DEFAULTS["max_steps"]
+SEEDS = (0, 1, 2)
+PROMPTS = 128  # the first of the held-out prompts
+EVERY = 20  # updates between checkpoints
+DIVERSITY = 16, 4  # prompts, noises of each
+SCORES = ("total", "clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean")
+# What a column is called, what its numbers are multiplied by, and how they are written.
+COLUMNS = {
+    "total": ("total", 1, ".2f"), "clip": ("CLIP", 1, ".4f"), "aesthetic": ("aesthetic", 1, ".3f"),
+    "pickscore": ("PickScore", 1, ".3f"), "hpsv2": ("HPS v2", 1, ".4f"), "right": ("right", 100, ".1f"),
+    "clean": ("clean", 100, ".1f"), "right_and_clean": ("both", 100, ".1f"), "diversity": ("diversity", 1, ".4f"),
+}  # fmt: skip
+
+
+def train(name: str, *flags: str, seed: int = 0, updates: int = UPDATES, part: str = "tc_text") -> Path:
+    """Train the miniature with these flags, or go on with it, unless that is done -> its weights after `updates`.
+
+    part: "tc_text" or "tc_unet", whose weights are meant.
+    """
+    folder = FOLDER / f"{name}_seed{seed}"
+    weights = f"{part}_e_*_iter_{updates}.safetensors"
+    if not list(folder.glob(weights)):
+        command = [sys.executable, "train_textcraftor.py", "--model", "miniature", "--output-path", str(folder)]
+        command += ["--mixed_precision", "no", "--seed", str(seed), "--max_steps", str(updates)]
+        command += ["--val_count", "2", "--val_every", "0", "--sample_every", "0"]  # they are measured here
+        command += ["--save_every", str(EVERY), "--keep_checkpoints", "0"]
+        if part == "tc_text" and "direct" not in flags:
+            command += ["--bank", str(FOLDER / "bank")]
+        resume = ["--resume"] if (folder / "options.json").exists() else []
+        subprocess.run([*command, *flags, *resume], check=True)
+    return next(folder.glob(weights))
+
+
+@functools.cache
+def evaluation() -> Evaluation:
+    """What measures, on the first PROMPTS held-out prompts."""
+    return Evaluation(read_prompts(str(HERE / "heldout.csv"))[0][:PROMPTS], 0, DEFAULTS["guidance"])
+
+
+def measure(text: Path | None = None, steps: int = 15, unet: Path | None = None, words: str = "") -> dict:
+    """{score: (N,)} of the held-out prompts; text, unet: tuned weights, see Evaluation.sampler for the rest."""
+    options = {"tuned": text and str(text), "steps": steps, "unet": unet and str(unet), "words": words}
+    key = ["scores", PROMPTS, steps, words, *weights_key(text, unet)]
+    return kept(key, lambda: evaluation()(**options)[0])
+
+
+def diversity(text: Path | None = None, steps: int = 15, unet: Path | None = None) -> dict:
+    """{"diversity": (prompts,)}: mean distance, root mean square over pixels, between pictures of one prompt."""
+    prompts, noises = DIVERSITY
+
+    def compute():
+        sample = evaluation().sampler(tuned=text and str(text), steps=steps, unet=unet and str(unet))
+        pictures = [sample(evaluation().prompts[:prompts], range(1000 * k, 1000 * k + prompts)) for k in range(noises)]
+        pairs = [(one - other).square().mean((1, 2, 3)).sqrt() for one, other in combinations(pictures, 2)]
+        return {"diversity": torch.stack(pairs).mean(0)}
+
+    return kept(["diversity", DIVERSITY, steps, *weights_key(text, unet)], compute)
+
+
+def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
+    """FLOPs of one image of an update with these flags: all that the training step computes.
+
+    reuse: uses of each of a bank's entries, among which its cost is shared out. updates: to average over, for ways that
+    draw at random which steps have gradient.
+    """
+
+    def compute():
+        with TemporaryDirectory() as folder:
+            options = ["--model", "miniature", "--mixed_precision", "no", "--batch-size", "1", "--val_count", "2"]
+            options += ["--output-path", f"{folder}/run", *(["--bank", f"{folder}/bank"] if reuse > 1 else [])]
+            args = parse_options([*options, *flags])
+            run, *_ = set_up(args, check_inputs(args))
+
+            def count(step):
+                with flop_counter() as counter:
+                    train_step(run, step, lambda: None)
+                return counter.get_total_flops()
+
+            if reuse > 1:  # the second time, the bank has the entries
+                total = (count(1) + (reuse - 1) * count(1)) / reuse
+            else:
+                total = sum(count(step) for step in range(1, updates + 1)) / updates
+        return {"flops": torch.tensor(total, dtype=torch.float64)}
+
+    return kept(["flops", reuse, updates, flags], compute)["flops"].item()
+
+
+def weights_key(*paths: Path | None) -> list[str | None]:
+    """What tells weights apart, and one miniature from the next."""
+    return [path and file_hash(path) for path in (HERE / "build.json", *paths)]
+
+
+def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
+    """compute(), or what it gave for this key before."""
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = FOLDER / "scores" / f"{name}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(compute(), path)
+    return load_file(path)
+
+
+def mean(looks: Sequence[dict]) -> dict:
+    """Scores of several seeds' runs, averaged for each prompt."""
+    return {name: torch.stack([look[name] for look in looks]).mean(0) for name in looks[0]}
+
+
+def header(*columns: str, scores: Sequence[str] = SCORES) -> str:
+    """The first two lines of a table with some columns before those of the scores."""
+    names = [*columns, *(COLUMNS[name][0] for name in scores)]
+    return "| " + " | ".join(names) + " |\n|" + " --- |" * len(names)
+
+
+def means(*cells: str, look: dict, scores: Sequence[str] = SCORES) -> str:
+    """A row of mean scores."""
+    return row(*cells, *(f"{COLUMNS[name][1] * look[name].mean():{COLUMNS[name][2]}}" for name in scores))
+
+
+def changes(*cells: str, look: dict, before: dict, scores: Sequence[str] = SCORES) -> str:
+    """A row of how mean scores changed, with paired 95 % intervals."""
+    written = []
+    for name in scores:
+        _, scale, form = COLUMNS[name]
+        written.append("{:+{f}} [{:+{f}}, {:+{f}}]".format(
+            *(scale * value for value in paired_interval(before[name], look[name])), f=form
+        ))  # fmt: skip
+    return row(*cells, *written)
+
+
+def row(*cells: str) -> str:
+    return ("| " + " | ".join(cells) + " |").replace("[-", "[−").replace(" -", " −")
