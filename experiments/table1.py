@@ -2,10 +2,10 @@
 
     python -m experiments.table1
 
-Prints mean scores and the judge's rates on held-out prompts, then their changes with paired 95 % intervals: after as many
-updates as the default run has, and for the rows whose updates cost more or less, after as many FLOPs. Needs the font Noto
-Color Emoji, to draw pictures for direct fine-tuning: of 2,000 that the world makes, the half with the higher aesthetic
-score, as the paper takes pictures above 5.
+Prints mean scores and the judge's rates on held-out prompts, then their changes with paired 95 % intervals, after as
+many updates as the default run has; and after as many FLOPs in the rows whose updates cost more or less. Needs the font
+Noto Color Emoji, to draw pictures for direct fine-tuning: of 2,000 that the world makes, the half with the higher
+aesthetic score, as the paper takes pictures above 5.
 """
 
 import json

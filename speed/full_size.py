@@ -29,13 +29,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rewards.base import normalize
 from speed.networks import LEARNING_RATE, WEIGHTS, LiveBytes, build, flop_counter, full_size, held, in_use
 from speed.step import plain_step
+from textcraftor.bank import bank_stops
 from textcraftor.embeddings import embed_prompts
 from textcraftor.errors import UserError, run_program
 from textcraftor.lora import add_lora
 from textcraftor.models import SD_V1_CONFIGS, clip_tokenizer, quiet_libraries
 from textcraftor.options import TEST_TUNED_STEPS, make_parser, require
 from textcraftor.precision import PRECISIONS
-from textcraftor.sampling import decode, make_images, make_scheduler, predict_noise, prompt_noise, sample_last_k
+from textcraftor.sampling import (
+    decode,
+    make_images,
+    make_scheduler,
+    predict_noise,
+    prompt_noise,
+    sample_one_prediction,
+    sample_prefix,
+    training_sampler,
+)
 
 GUIDANCE = 7.5
 PROMPT = "a watercolour of a lighthouse on a cliff at dawn, soft light, highly detailed"
@@ -46,7 +56,11 @@ OPTIONS = (
     ("--lora_rank",        0,                        "as in training"),
     ("--batch-size",       1,                        "images per step"),
     ("--step",             25,                       "T, number of DDIM steps"),
-    ("--grad_steps",       5,                        "K, last steps, with gradient"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "as in training; refl: in the middle one of --driven"),
+    ("--grad_steps",       5,                        "K, steps with gradient"),
+    ("--driven",           15,                       "as in training"),
+    ("--reuse",            1,                        "uses of a bank's entries, among which their cost is shared out"),
+    ("--tune_unconditional", ("on", "off"),          "as in training"),
     ("--mixed_precision",  ("bf16", "fp16", "no"),   "as in training"),
     ("--gradient_checkpointing", ("full", "none"),   "as in training"),
     ("--vae_checkpointing", False,                   "as in training"),
@@ -61,11 +75,12 @@ OPTIONS = (
 
 def main(argv=None):
     args = make_parser(__doc__, OPTIONS).parse_args(argv)
-    require(args, {"batch_size step grad_steps steps": 1})
-    if args.grad_steps > args.step:
+    require(args, {"batch_size step grad_steps driven reuse steps": 1})
+    name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", min(args.driven, args.step))
+    if args.grad_steps > among:
         raise UserError(
-            f"--grad_steps {args.grad_steps} --step {args.step}: the steps with gradient are the last of all steps, so "
-            "give at most as many"
+            f"--grad_steps {args.grad_steps} --{name} {among}: the steps with gradient are among these, so give at "
+            "most as many"
         )
     for name in ("plain", "evaluate"):
         if getattr(args, name) and not args.count:
@@ -136,7 +151,7 @@ def count(args, scheduler):
     def part(name):
         with flop_counter() as counter:
             yield
-        flops[name] += counter.get_total_flops()
+        flops[name] += counter.get_total_flops() / (args.reuse if name == "first steps, no gradient" else 1)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         networks = build(full_size(), "" if args.lora_rank else args.train, PRECISIONS[args.mixed_precision])
@@ -172,19 +187,33 @@ def plain(args, part, networks, scheduler, optimizer, device):
         optimizer.zero_grad()
 
 
-def make_inputs(args):
-    """B prompts and their noise (B, 4, 64, 64)."""
+def make_inputs(args, size=64):
+    """B prompts and their noise (B, 4, size, size)."""
     indices = range(args.batch_size)
-    return [f"{PROMPT}, number {index}" for index in indices], prompt_noise(0, indices, (4, 64, 64))
+    return [f"{PROMPT}, number {index}" for index in indices], prompt_noise(0, indices, (4, size, size))
 
 
-def steps_of(scheduler, first=0, end=None):
-    """A copy of the DDIM scheduler with only the steps [first:end], which also works with fake tensors.
+def way(args):
+    """How a training step samples with these options -> (sampler, tuned_steps, steps before which it starts).
+
+    refl predicts in the middle one of the driven steps, which costs as much as the average. A bank then has latents
+    before all of them.
+    """
+    stops = bank_stops(args.gradient, args.step, args.grad_steps, args.driven)
+    if args.gradient != "refl":
+        sampler, tuned_steps = training_sampler(args.gradient, (args.grad_steps,) * 2, args.driven, seed=0, step=1)
+        return sampler, tuned_steps, stops
+    middle = args.driven // 2
+    return partial(sample_one_prediction, index=middle), args.driven, stops if args.reuse > 1 else stops[middle:][:1]
+
+
+def steps_of(scheduler):
+    """A copy of the DDIM scheduler that also works with fake tensors.
 
     For these, times must be ints, and sample_last_k must not copy the scheduler again: DDIM keeps no state anyway.
     """
     scheduler = copy.copy(scheduler)
-    scheduler.timesteps = scheduler.timesteps.tolist()[first:end]
+    scheduler.timesteps = scheduler.timesteps.tolist()
     scheduler.__deepcopy__ = lambda memo: scheduler
     return scheduler
 
@@ -195,10 +224,9 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
     Between parts the tensors are detached, and the gradient is handed from each part to the one before it.
     """
     _, tuned, unet, vae, rewards = networks
-    tokenizer = clip_tokenizer()
-    first = steps_of(scheduler, 0, -args.grad_steps)
-    last = steps_of(scheduler, -args.grad_steps)
-    prompts, noise = make_inputs(args)
+    tokenizer, scheduler = clip_tokenizer(), steps_of(scheduler)
+    sampler, tuned_steps, stops = way(args)
+    prompts, noise = make_inputs(args, unet.config.sample_size)
     noise = noise.to(device)
 
     def autocast(network):
@@ -208,17 +236,21 @@ def parted_step(args, part, networks, scheduler, optimizer, device):
         return torch.autocast(device, dtype, enabled, cache_enabled=False) if enabled else contextlib.nullcontext()
 
     with part("prompt embeddings"):
-        used = in_use(networks, tokenizer)
+        used = in_use(networks, tokenizer, args.tune_unconditional == "on")
         with autocast(tuned):
             early, late = embed_prompts(used, prompts)
     (late,) = late.values()
     late_leaf = late.detach().requires_grad_(late.requires_grad)
-    predict, tuned_conditions = partial(predict_noise, unet, GUIDANCE), {"encoder_hidden_states": late_leaf}
-    with part("first steps, no gradient"), autocast(unet):
-        z = sample_last_k(predict, first, noise, early, early, 0)
+    predict = partial(predict_noise, unet, GUIDANCE, split=args.tune_unconditional == "off")
+    tuned_conditions = {"encoder_hidden_states": late_leaf}
+    with part("first steps, no gradient"), autocast(unet), torch.no_grad():
+        latents = sample_prefix(predict, scheduler, noise, early, stops)
+    place = getattr(sampler, "keywords", {}).get("index", 0) if len(stops) > 1 else 0
     with part("last steps"), autocast(unet):
         recompute = args.gradient_checkpointing == "full"
-        z = sample_last_k(predict, last, z, early, tuned_conditions, args.grad_steps, recompute)
+        z = sampler(
+            predict, scheduler, latents[:, place], early, tuned_conditions, tuned_steps, recompute, start=stops[place]
+        )
     z_leaf = z.detach().requires_grad_()
     with part("VAE"):
         images = decode(vae, z_leaf, args.vae_checkpointing)

@@ -139,9 +139,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def in_use(networks, tokenizer):
+def in_use(networks, tokenizer, tune_unconditional=True):
     """Text encoders, UNet and VAE of `networks`, as `build` returns them, as a models.Networks."""
     original, tuned, unet, vae, *_ = networks
     with torch.no_grad():
         unconditional = encode_prompts(tokenizer, original, [""])
-    return Networks(tokenizer, original, tuned, unet, vae, unconditional)
+    return Networks(tokenizer, original, tuned, unet, vae, unconditional, tune_unconditional)

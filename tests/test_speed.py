@@ -43,13 +43,13 @@ def test_one_gradient_three_ways(networks, monkeypatch):
     monkeypatch.setattr(step, "K", K)
     args = Namespace(
         batch_size=2, grad_steps=K, gradient_checkpointing="full", vae_checkpointing=True, mixed_precision="no",
-        train="text_encoder",
+        train="text_encoder", gradient="last_k", driven=15, reuse=1, tune_unconditional="on", step=T,
     )  # fmt: skip
     scheduler = make_scheduler(DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler"), T)
     tuned, rewards, tokenizer = networks[1].requires_grad_(), networks[4], clip_tokenizer()
     prompts, noise = full_size.make_inputs(args)
     noise = noise[..., :16, :16]
-    monkeypatch.setattr(full_size, "make_inputs", lambda args: (prompts, noise))
+    monkeypatch.setattr(full_size, "make_inputs", lambda *_: (prompts, noise))
     kept = Namespace(step=lambda: None, zero_grad=lambda: None)
 
     def gradient():
@@ -91,8 +91,18 @@ def test_full_size_counts_without_running(monkeypatch, capsys):
     args = full_size.make_parser("", full_size.OPTIONS).parse_args(["--step", "2", "--grad_steps", "1"])
     config = DDIMScheduler.load_config(SD_V1_CONFIGS, subfolder="scheduler")
     flops, peak = full_size.count(args, make_scheduler(config, args.step))
-    assert flops["first steps, no gradient"] == flops["last steps"] > 0
+    one = flops["first steps, no gradient"]
+    assert one == flops["last steps"] > 0
     assert 2e6 < peak < 1e9
+    # refl in the middle one of the last 3 of 4 steps: after 2 steps, or all 3 before the last, shared by 2 uses.
+    for reuse, evaluations in ((1, 2), (2, 1.5)):
+        args = ["--step", "4", "--gradient", "refl", "--grad_steps", "1", "--driven", "3", "--reuse", str(reuse)]
+        args = full_size.make_parser("", full_size.OPTIONS).parse_args([*args, "--tune_unconditional", "off"])
+        refl, _ = full_size.count(args, make_scheduler(config, args.step))
+        assert refl["first steps, no gradient"] == evaluations * one
+        assert refl["last steps"] == one  # its two branches apart
+        # Recomputed whole, but with a backward pass through the conditional half alone.
+        assert refl["last steps' backward"] == pytest.approx(one + (flops["last steps' backward"] - one) / 2, rel=0.01)
     full_size.main(["--count", "--evaluate", "--step", "1", "--grad_steps", "1"])
     with FakeTensorMode():
         networks = build(tiny_size(), "", torch.bfloat16, torch.float32)
