@@ -113,6 +113,7 @@ def test_lines_fit_and_keep_all_words(system):
     assert short[:2] == lines[:2] and short[2].endswith(" …") and len(short) == 3
     assert fonts.text_width(short[2], 13) <= 150
     assert fonts.wrap("one\r\ntwo", 13, 150, most=3) == ["one", "two"] and fonts.wrap(" ", 13, 150) == []
+    assert fonts.wrap("total of\xa012", 13, fonts.text_width("total of", 13)) == ["total", "of\xa012"]  # kept together
 
 
 def test_grids_show_each_image_enlarged_in_its_place(tmp_path):

@@ -6,6 +6,7 @@ its characters ("[CJK, 12 characters]").
 """
 
 import functools
+import re
 import unicodedata
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 STRIKES = (109, 128, 160, 136, 96, 64)  # pixels: sizes at which bitmap fonts of emoji are made
 JOINERS = "\u200d\ufe0e\ufe0f"  # they shape the emoji around them and show nothing themselves
 ELLIPSIS = "…"
+SPACES = re.compile(r"[^\S\xa0]+")  # where a line may end
 
 
 @functools.cache
@@ -164,14 +166,15 @@ def draw_text(page, place, text, size):
 
 
 def wrap(text, size, width, most=None):
-    """Lines of a text that are at most `width` pixels wide, broken at spaces or, in longer words, anywhere.
+    """Lines of a text that are at most `width` pixels wide, broken at spaces (but no-break ones) or, in longer words,
+    anywhere.
 
     If there are more than `most` lines, the rest is cut and the last line ends in an ellipsis.
     """
     lines = []
     for paragraph in text.splitlines():
         line = ""
-        for word in "".join(part for _, part in with_fonts(paragraph)).split():
+        for word in SPACES.split("".join(part for _, part in with_fonts(paragraph)).strip()):
             joined = f"{line} {word}" if line else word
             if text_width(joined, size) <= width:
                 line = joined

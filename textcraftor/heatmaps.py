@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from textcraftor.errors import UserError
 from textcraftor.fonts import draw_text, text_width, wrap
 from textcraftor.heatmap_options import word_spans
-from textcraftor.sampling import first_tuned, make_images
+from textcraftor.sampling import first_tuned, make_images, to_uint8
 
 # All in pixels.
 CELL, MARGIN, GAP = 192, 16, 6  # longer side of an image; around the page; between images
@@ -194,7 +194,7 @@ def _labels(words):
 
 def _picture(image):
     """(3, H, W) in [0, 1] -> a PIL image whose longer side is CELL."""
-    picture = Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    picture = Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy())
     scale = CELL / max(picture.size)
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 

@@ -1,7 +1,7 @@
 """Mix several tuned text encoders: Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (TextCraftor, Figures 4 and 5).
 
-T₀ is the original encoder. `mix` works on any dict of tensors: text embeddings (Conditions) or weights. Nothing here
-imports torch, so that programs can check their options first.
+T₀ is the original encoder. `mix` mixes text embeddings; merging.py mixes weights. Nothing here imports torch, so that
+programs can check their options first.
 """
 
 import math

@@ -16,6 +16,7 @@ from textcraftor.fonts import draw_text, plot_families, plot_text, wrap
 # All in pixels.
 MARGIN, GAP = 12, 4  # around cells; between the images of one cell
 TEXT, LINE, TITLE = 13, 18, 17  # font size and line height of captions, font size of the title
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a name and its numbers on one line
 SMALLEST = 192  # images with a shorter side are enlarged, by a whole factor
 TITLES = {"total": "weighted total", "grad_norm": "gradient norm"}
 CURVE_WINDOW = 20  # the thick lines are means over this many steps
@@ -27,7 +28,7 @@ def sample_grid(images, prompts, scores, step):
     images: (N, 3, H, W) uint8; prompts: M >= N; scores: {name: (M,)}, one of them "total".
     """
     notes = [f"total {score:.2f}" for score in scores["total"]]
-    means = " · ".join(f"{name} {score.mean():.4g}" for name, score in scores.items())
+    means = " · ".join(f"{name}{NBSP}{score.mean():.4g}" for name, score in scores.items())
     return grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
 
 
@@ -38,7 +39,8 @@ def before_after_grid(before, after, prompts, tuned, path):
     """
     (first, first_images), (last, last_images) = before, after
     notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
-    means = " · ".join(f"{name} {first[name].mean():.4g} → {last[name].mean():.4g}" for name in last)
+    ends = {name: (first[name].mean(), last[name].mean()) for name in last}
+    means = " · ".join(f"{name}{NBSP}{x:.4g}{NBSP}→{NBSP}{y:.4g}" for name, (x, y) in ends.items())
     title = f"before (left) and after {tuned} (right) · {means}"
     save(grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
 

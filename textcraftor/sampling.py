@@ -194,6 +194,11 @@ def decode(vae, latents, checkpoint=False):
     return image(latents)
 
 
+def to_uint8(images):
+    """Images in [0, 1], of any shape -> the same as 8-bit numbers, rounded."""
+    return (images * 255).round().to(torch.uint8)
+
+
 def recomputed(function, checkpoint=True):
     """`function` with its activations recomputed in the backward pass; `function` itself if checkpoint is False."""
     if not checkpoint:

@@ -10,7 +10,7 @@ from textcraftor.files import write_whole
 from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
 from textcraftor.pictures import save as save_picture
-from textcraftor.sampling import prompt_noise, sample_last_k
+from textcraftor.sampling import prompt_noise, sample_last_k, to_uint8
 from textcraftor.statistics import paired_table
 from textcraftor.trackers import log_picture
 
@@ -84,7 +84,7 @@ def validate(accelerator, make, rewards, monitors, prompts, batch_size, keep, be
         images = make(batch, range(start, start + len(batch)))
         total, scores = rewards(images, batch)
         scores = {"total": total, **scores, **{monitor.name: monitor(images, batch) for monitor in monitors}}
-        pixels = (images[: max(0, keep - start)] * 255).round().to(torch.uint8).cpu()
+        pixels = to_uint8(images[: max(0, keep - start)]).cpu()
         # To the CPU first: Apple's GPUs have no float64.
         parts.append((start, {name: score.cpu().double() for name, score in scores.items()}, pixels))
     by_start = {start: (scores, pixels) for start, scores, pixels in gather_object(parts)}

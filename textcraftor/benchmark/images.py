@@ -15,7 +15,7 @@ from textcraftor.errors import UserError
 from textcraftor.files import free_bytes, write_whole
 from textcraftor.mixing import Weighted
 from textcraftor.models import Model, latent_shape, load_model, make_networks
-from textcraftor.sampling import make_images, make_scheduler, prompt_noise, sample_last_k, step_generators
+from textcraftor.sampling import make_images, make_scheduler, prompt_noise, sample_last_k, step_generators, to_uint8
 from textcraftor.weight_files import load_text_encoder, load_unet
 
 # Last bytes of a complete file, and the bytes per pixel that a file rarely exceeds: PNG as the raw pixels, JPEG at
@@ -90,7 +90,7 @@ def image_size(pipeline):
 
 def save_image(image, path):
     """Write an image (3, H, W) in [0, 1] whole or not at all, with Pillow's defaults, as HPS v2's instructions do."""
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = to_uint8(image).permute(1, 2, 0).numpy()
     content = io.BytesIO()  # Pillow's own writing hides why a disk refuses
     Image.fromarray(pixels).save(content, Image.registered_extensions()[Path(path).suffix])
     with write_whole(path) as unfinished:
