@@ -20,7 +20,8 @@ FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 STRIKES = (109, 128, 160, 136, 96, 64)  # pixels: sizes at which bitmap fonts of emoji are made
 JOINERS = "\u200d\ufe0e\ufe0f"  # they shape the emoji around them and show nothing themselves
 ELLIPSIS = "…"
-SPACES = re.compile(r"[^\S\xa0]+")  # where a line may end
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a name and its number on one line
+SPACES = re.compile(f"[^\\S{NBSP}]+")  # where a line may end
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def with_fonts(text, outlines=False):
         if character in JOINERS:
             path = before if before != FONT else ""  # other fonts than those of emoji draw them as boxes
         elif character.isspace():
-            path, character = FONT, " "
+            path, character = FONT, NBSP if character == NBSP else " "
         elif category in ("Cc", "Cf"):
             path = ""
         elif category[0] == "M" and before and ord(character) in _characters(before):

@@ -11,12 +11,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from textcraftor.files import write_whole
-from textcraftor.fonts import draw_text, plot_families, plot_text, wrap
+from textcraftor.fonts import NBSP, draw_text, plot_families, plot_text, wrap
 
 # All in pixels.
 MARGIN, GAP = 12, 4  # around cells; between the images of one cell
 TEXT, LINE, TITLE = 13, 18, 17  # font size and line height of captions, font size of the title
-NBSP = "\N{NO-BREAK SPACE}"  # keeps a name and its numbers on one line
 SMALLEST = 192  # images with a shorter side are enlarged, by a whole factor
 TITLES = {"total": "weighted total", "grad_norm": "gradient norm"}
 CURVE_WINDOW = 20  # the thick lines are means over this many steps
