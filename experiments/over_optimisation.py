@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from experiments.runs import EVERY, UPDATES, diversity, header, means, measure, train
 
 LONGER = 5 * UPDATES
+MEASURED = (EVERY, UPDATES, 80, 120, 160, LONGER)
 RUNS = {
     "default, 5 times longer": ("default",),
     "the same without CLIP": ("no_clip", "--clip", "0"),
@@ -27,7 +28,7 @@ def main() -> None:
     looks = {}  # {run: {updates: {score: (N,)}}}
     for name, (folder, *flags) in RUNS.items():
         looks[name] = {0: look(None)}
-        for updates in range(EVERY, LONGER + 1, EVERY):
+        for updates in MEASURED:
             train(folder, *flags, updates=LONGER)
             looks[name][updates] = look(train(folder, *flags, updates=updates))
     draw(looks, Path("experiments/over_optimisation.png"))

@@ -12,8 +12,6 @@ from experiments.runs import SEEDS, UPDATES, changes, flops, header, mean, measu
 REFL = ("--gradient", "refl", "--grad_steps", "1")
 WAYS = {
     "last_k, K = 5": (),
-    "last_k, K = 10": ("--grad_steps", "10"),
-    "last_k, K = 15": ("--grad_steps", "15"),
     "last_k, K = 1-5": ("--grad_steps", "1-5"),
     "last_k, K = 5, used 4 times": ("--reuse", "4"),
     "drtune, 3 of the last 15": ("--gradient", "drtune", "--grad_steps", "3"),
@@ -21,7 +19,6 @@ WAYS = {
     "refl, last 5": (*REFL, "--driven", "5"),
     "refl, last 5, used 4 times": (*REFL, "--driven", "5", "--reuse", "4"),
     "refl, last 5, used 10 times": (*REFL, "--driven", "5", "--reuse", "10"),
-    "last_k, K = 5, empty prompt tuned": ("--tune_unconditional", "on"),
     "refl, last 5, empty prompt tuned": (*REFL, "--driven", "5", "--tune_unconditional", "on"),
 }
 
