@@ -19,6 +19,7 @@ from test_pipelines import build, changed
 from figures import controlnet, image_to_image, inpainting, mix, sdxl
 from textcraftor.benchmark.images import load_pipeline
 from textcraftor.errors import UserError
+from textcraftor.options import MINIATURE_MODEL
 from textcraftor.pictures import GAP, MARGIN, SMALLEST
 from textcraftor.pipelines import attach_encoder, detach_encoder
 from textcraftor.weight_files import save_text_encoder
@@ -132,3 +133,14 @@ def test_controlnet_sdxl_and_mistakes(stable_diffusion, model, weights, tmp_path
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="which encoders"):
         mix.main(inputs[:2])
+
+
+def test_inpainting_with_the_miniature_keeps_what_is_not_masked(tmp_path):
+    page = tmp_path / "x.png"
+    encoder = f"{MINIATURE_MODEL}/text_encoder"
+    inpainting.main(["--model", "miniature", "--text_path", encoder, "--prompt", "a big fox", "-o", str(page)])
+    shown, original, tuned = (panel.astype(float) for panel in panels(page, 3))
+    inside, edge = slice(SMALLEST // 4 + 9, -SMALLEST // 4 - 9), SMALLEST // 4 - 9  # away from the mask's edge
+    assert np.abs(original - shown)[:edge].mean() < 8  # of 255 grey levels: the autoencoder's error
+    assert np.abs(original - shown)[inside, inside].mean() > 15  # grey there
+    assert (original == tuned).all()  # the encoder is the model's own
