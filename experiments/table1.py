@@ -21,7 +21,7 @@ from rewards import load_reward
 
 SEEDS = (0,)
 DRAWN, SEED = 2000, 7  # pictures
-LR_UNET = "3e-5"
+LR_UNET = "1e-4"  # on held-out prompts 256 to 319, 15 updates gave a total of +2.70, with 3e-5 +1.24
 UNET = ("--lr_text", "0", "--lr_unet", LR_UNET)
 ALONE = {
     "aesthetic": ("--pickscore", "0", "--hpsv2", "0"),
