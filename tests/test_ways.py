@@ -78,16 +78,18 @@ def written_out(model, noise, way, chosen, both):
 
 
 WAYS = [
-    ("drtune", {0, 2}, True), ("refl", 1, True), ("drtune", {1, 2}, False), ("refl", 0, False), ("last_k", 0, False),
+    ("drtune", {0, 2}, True, "text"), ("refl", 1, True, "text"), ("drtune", {1, 2}, False, "text"),
+    ("refl", 0, False, "text"), ("last_k", 0, False, "text"), ("last_k", 0, False, "unet"), ("refl", 1, False, "unet"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way, chosen, both", WAYS)
-def test_gradient_is_that_of_the_definition(double_model, way, chosen, both):
+@pytest.mark.parametrize("way, chosen, both, trains", WAYS)
+def test_gradient_is_that_of_the_definition(double_model, way, chosen, both, trains):
     tokenizer, original, tuned, unet, vae, config = double_model
     noise = prompt_noise(0, [0, 1], (4, 8, 8)).double()
     networks = make_networks(Model(tokenizer, original, unet, vae, config), tuned, both)
-    parameters = list(tuned.requires_grad_().parameters())
+    trained = tuned if trains == "text" else unet
+    parameters = list(trained.requires_grad_().parameters())
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     try:
         z = written_out(double_model, noise, way, chosen, both)
@@ -107,7 +109,7 @@ def test_gradient_is_that_of_the_definition(double_model, way, chosen, both):
             ours = gradient((found * target.repeat(1, 1, 8, 8)[:, :3]).sum(), parameters)
             assert expected.norm() > 0 and (ours - expected).norm() < 1e-5 * expected.norm()
     finally:
-        tuned.requires_grad_(False)
+        trained.requires_grad_(False)
 
 
 def test_steps_are_drawn_evenly_and_alike_on_all_processes():

@@ -56,10 +56,11 @@ def predict_noise(unet, guidance, z, t, conditions, split=False):
     """Classifier-free guidance: z_t (B, C, h, w), conditions of 2B rows, unconditional ones first -> (B, C, h, w).
 
     t: one time step for all, or (B,). The UNet computes in the type of its weights, guidance in the type of z.
-    split: the unconditional rows have no gradient. Where z_t has none either, the UNet then runs on them apart and
-    keeps nothing for the backward pass, which costs half as much.
+    split: the unconditional rows have no gradient. Where z_t and the UNet have none either, the UNet runs on them apart
+    and keeps nothing for the backward pass, which costs half as much.
     """
-    if split and torch.is_grad_enabled() and not z.requires_grad:
+    frozen = not (z.requires_grad or any(weight.requires_grad for weight in unet.parameters()))
+    if split and frozen and torch.is_grad_enabled():
         halves = [{name: value.chunk(2)[i] for name, value in conditions.items()} for i in (0, 1)]
         dtype = next(unet.parameters()).dtype
         halves = [{name: value.to(dtype) for name, value in half.items()} for half in halves]
