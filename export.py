@@ -31,6 +31,7 @@ from textcraftor.exporting.forms import export
 from textcraftor.exporting.hub import check_access, upload
 from textcraftor.merging import check_same
 from textcraftor.models import check_model, quiet_libraries
+from textcraftor.recorded import recorded_settings
 from textcraftor.weight_files import check_text_encoder, read_text_encoder
 
 
@@ -45,10 +46,11 @@ def main(argv=None):
     tuned, original = (read_text_encoder(path, args.model) for path in (args.text_path, args.model))
     check_same(tuned, args.text_path, original, args.model)
     output, dtype = Path(args.output_path), torch.float16 if args.half else torch.float32
-    note = export(args.form, args.model, original, tuned, output, dtype, args.lora_rank)
+    settings = recorded_settings(args.text_path)
+    note = export(args.form, args.model, original, tuned, output, dtype, args.lora_rank, settings)
     print(f"{output}: {note}")
     if args.push_to_hub:
-        card = model_card(args.push_to_hub, args.form, output.name, args.model, training, note)
+        card = model_card(args.push_to_hub, args.form, output.name, args.model, training, note, settings)
         print(upload(args.push_to_hub, output, card, run, args.private))
 
 

@@ -59,7 +59,7 @@ from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
 from textcraftor.run_folder import Record, read_options
 from textcraftor.sampling import make_images, make_scheduler, training_sampler
-from textcraftor.stream import batch_numbers, reused
+from textcraftor.stream import batch_numbers, reused, samples_shown
 from textcraftor.trackers import start_trackers
 from textcraftor.validation import PICTURES, held_out_bank, look, show_results
 from textcraftor.weight_files import check_text_encoder, load_text_encoder
@@ -121,7 +121,8 @@ def set_up(args, functions):
         torch._dynamo.config.recompile_limit = 64  # all widths and resolutions share one compiled block
         model.unet.compile_repeated_blocks()
     global_batch = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * len(data.prompts) / global_batch) or math.inf)
+    epoch_steps = args.reuse * len(data.prompts) / global_batch
+    last_step = min(args.max_steps or math.inf, math.ceil(args.epochs * epoch_steps) or math.inf)
     say("\n".join(data.lines))
     say(f"{last_step} steps of {global_batch} images on {device}, precision {args.mixed_precision} ({why}).")
     scheduler, bank = make_scheduler(model.scheduler_config, args.step), None
@@ -323,7 +324,11 @@ def train_step(run, step, check_stop):
     optimizer.zero_grad()
 
     seconds, images = time.perf_counter() - began, run.global_batch
-    row = {"step": step, "epoch": step * images / len(run.data.prompts), "lr": optimizer.param_groups[0]["lr"]}
+    row = {
+        "step": step,
+        "epoch": samples_shown(step, images, args.reuse) / len(run.data.prompts),
+        "lr": optimizer.param_groups[0]["lr"],
+    }
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
     return row | dict(zip(["total", *scores], means, strict=True))
@@ -331,7 +336,7 @@ def train_step(run, step, check_stop):
 
 def save(run, step):
     """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
-    epoch = max(0, step * run.global_batch - 1) // len(run.data.prompts)
+    epoch = max(0, samples_shown(step, run.global_batch, run.args.reuse) - 1) // len(run.data.prompts)
     checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
     if run.average:
         with run.averaged():

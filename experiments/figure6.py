@@ -14,6 +14,7 @@ from PIL import Image
 from experiments.over_optimisation import LONGER, look
 from experiments.runs import UPDATES, evaluation, header, means, train
 from experiments.table1 import ALONE
+from textcraftor.sampling import to_uint8
 
 NO_CLIP = ("--clip", "0")
 SCORES = ("clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean", "diversity")
@@ -38,7 +39,7 @@ def draw(shown: dict[str, Path | None], to: Path) -> None:
     """One row of pictures for each run."""
     prompts, indices = evaluation().prompts[:SHOWN], range(SHOWN)
     rows = [evaluation().sampler(tuned=path and str(path))(prompts, indices) for path in shown.values()]
-    pixels = (torch.stack(rows) * 255).round().to(torch.uint8).permute(0, 3, 1, 4, 2)  # run, y, prompt, x, colour
+    pixels = to_uint8(torch.stack(rows)).permute(0, 3, 1, 4, 2)  # run, y, prompt, x, colour
     runs, height, count, width, _ = pixels.shape
     page = Image.fromarray(np.asarray(pixels).reshape(runs * height, count * width, 3))
     page.resize((ENLARGED * page.width, ENLARGED * page.height), Image.Resampling.LANCZOS).save(to)

@@ -7,6 +7,7 @@ and share a trajectory bank (textcraftor/bank.py), which changes no bit of the w
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,19 +16,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from miniature.evaluate import Evaluation
 from miniature.measure import HERE
 from speed.networks import flop_counter
+from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
+from textcraftor.options import miniature_defaults
 from textcraftor.prompts import read_prompts
 from textcraftor.statistics import paired_interval
 from textcraftor.training_options import parse_options
+from textcraftor.weights import save_tensors
 from train_textcraftor import check_inputs, set_up, train_step
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that all machines compute alike
 FOLDER = Path("output_experiments")
-DEFAULTS = json.loads((HERE / "defaults.json").read_text())
+DEFAULTS = miniature_defaults()
 UPDATES = DEFAULTS["max_steps"]
 SEEDS = (0, 1, 2)
 PROMPTS = 96  # the first of the held-out prompts
@@ -58,7 +63,10 @@ def train(name: str, *flags: str, seed: int = 0, updates: int = UPDATES, part: s
             command += ["--bank", str(FOLDER / "bank")]
         resume = ["--resume"] if (folder / "options.json").exists() else []
         subprocess.run([*command, *flags, *resume], check=True)
-    return next(folder.glob(weights))
+    found = next(folder.glob(weights), None)
+    if found is None:
+        raise UserError(f"{folder}: has no weights after {updates} updates; delete it, and it is trained again")
+    return found
 
 
 @functools.cache
@@ -112,12 +120,12 @@ def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
                 total = sum(count(step) for step in range(1, updates + 1)) / updates
         return {"flops": torch.tensor(total, dtype=torch.float64)}
 
-    return kept(["flops", reuse, updates, flags], compute)["flops"].item()
+    return kept(["flops", reuse, updates, flags, *weights_key()], compute)["flops"].item()
 
 
 def weights_key(*paths: Path | None) -> list[str | None]:
-    """What tells weights apart, and one miniature from the next."""
-    return [path and file_hash(path) for path in (HERE / "build.json", *paths)]
+    """What tells weights apart, and one miniature with its defaults from the next."""
+    return [path and file_hash(path) for path in (HERE / "build.json", HERE / "defaults.json", *paths)]
 
 
 def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
@@ -126,7 +134,7 @@ def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
     path = FOLDER / "scores" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(compute(), path)
+        save_tensors(compute(), path)
     return load_file(path)
 
 

@@ -14,6 +14,7 @@ from textcraftor.models import check_model, quiet_libraries
 from textcraftor.options import (
     MINIATURE_MODEL,
     TEST_SEED,
+    TEST_STEPS,
     TEST_TUNED_STEPS,
     check_all,
     make_parser,
@@ -24,7 +25,6 @@ from textcraftor.pictures import grid, save
 from textcraftor.pipelines import attach_encoder, detach_encoder
 from textcraftor.weight_files import check_text_encoder
 
-STEPS = 25
 MODEL = ("--model", "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`")
 TEXT_PATH = ("--text_path", "output/tc_text.safetensors", "tuned text encoder: weight file, folder or hub id")
 IMAGE = ("--image", "", "picture to start from; without one, the original model draws it from the prompt")
@@ -53,13 +53,13 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
 
 def load(args):
     """A StableDiffusionPipeline with the settings of the tests: fp32, 25 DDIM steps."""
-    return load_pipeline(args.model, "DDIM", STEPS)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(args.model, "DDIM", TEST_STEPS)[0].to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def draw(pipeline, args, **inputs):
     """One picture; the same options draw it from the same noise."""
     noise = torch.Generator().manual_seed(args.seed)
-    options = {"num_inference_steps": STEPS, "guidance_scale": args.guidance, "generator": noise} | inputs
+    options = {"num_inference_steps": TEST_STEPS, "guidance_scale": args.guidance, "generator": noise} | inputs
     return pipeline(args.prompt, **options).images[0]
 
 

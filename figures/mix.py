@@ -30,12 +30,13 @@ def main(argv=None):
     args = parse(__doc__, "mix", argv=argv, text_path=("--text_path", [], "tuned text encoder; may be repeated"))
     if not args.text_path:
         raise UserError("which encoders? Give one or more, such as --text_path output/tc_text.safetensors")
+    both = tunes_unconditional(args.text_path)
     pipeline = load(args)
     encoders = []
     for path in args.text_path:
         encoders.append(copy.deepcopy(pipeline.text_encoder))
         load_text_encoder(encoders[-1], path)
-    pictures, notes, both = [], [], tunes_unconditional(args.text_path)
+    pictures, notes = [], []
     for weights in weights_of(len(encoders)):
         attach_encoder(pipeline, list(zip(encoders, weights, strict=True)), TEST_TUNED_STEPS, both)
         pictures.append([draw(pipeline, args)])

@@ -12,6 +12,7 @@ Needs the font Noto Color Emoji (Debian and Ubuntu: apt-get install fonts-noto-c
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import subprocess
@@ -495,14 +496,12 @@ STAGES = {
 }
 
 
+@functools.cache  # asked first when the code on disk is what this process has read
 def commit() -> str:
     """The commit that the miniature's code is at; "+" after it if the code differs from that commit."""
     git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
     head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
     return head + ("+" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout.strip() else "")
-
-
-COMMIT = commit()  # now, while the code on disk is what this process has read
 
 
 def run_stage(name: str, work: Path) -> None:
@@ -514,7 +513,7 @@ def run_stage(name: str, work: Path) -> None:
     )
     if log["done"]:
         return
-    log["commits"] = list(dict.fromkeys([*log["commits"], COMMIT]))
+    log["commits"] = list(dict.fromkeys([*log["commits"], commit()]))
     log["threads"] = list(dict.fromkeys([*log["threads"], torch.get_num_threads()]))
     file.write_text(json.dumps(log) + "\n")
     begun = core_seconds()
@@ -539,6 +538,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".miniature_build"), help="where unfinished work lies")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    commit()
     for stage in args.stages or [*STAGES, "measure"]:
         if stage in STAGES:
             run_stage(stage, args.work)

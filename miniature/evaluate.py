@@ -10,14 +10,13 @@ listed, too. --words puts prompt engineering beside them: quality words in all s
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import CLIPTextModel
 
-from miniature.measure import HERE, STEPS, WORDS, make
+from miniature.measure import HERE, WORDS, make
 from miniature.world import LOOKS
 from rewards import REWARDS, load_reward
 from rewards.own import load_function
@@ -26,7 +25,7 @@ from textcraftor.bank import Bank, memory_bank
 from textcraftor.errors import UserError, run_program
 from textcraftor.files import check_picture_name
 from textcraftor.models import load_model, quiet_libraries
-from textcraftor.options import TEST_TUNED_STEPS, check_all
+from textcraftor.options import TEST_STEPS, TEST_TUNED_STEPS, check_all, miniature_defaults
 from textcraftor.pictures import before_after_grid
 from textcraftor.prompts import read_prompts
 from textcraftor.recorded import tunes_unconditional
@@ -39,19 +38,22 @@ PICTURES = 16  # the first prompts' pictures are shown: a rule, not a choice
 
 
 def main() -> None:
-    defaults = json.loads((HERE / "defaults.json").read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text_path", nargs="+", help="tuned text encoders, safetensors or .pth")
     parser.add_argument("--prompts", default=str(HERE / "heldout.csv"))
     parser.add_argument("--start", type=int, default=0, help="first prompt, counted from 0")
     parser.add_argument("--count", type=int, default=256, help="how many prompts")
-    parser.add_argument("--guidance", type=float, default=defaults["guidance"])
+    parser.add_argument("--guidance", type=float, default=miniature_defaults()["guidance"])
     parser.add_argument("--grad_steps", type=int, default=TEST_TUNED_STEPS, help="steps that the tuned encoder drives")
     parser.add_argument("--words", action="store_true", help=f"also measure prompt engineering: '{WORDS}'")
     parser.add_argument("--picture", help="write a before/after picture of the first 16 prompts here")
     args = parser.parse_args()
 
     prompts = read_prompts(args.prompts)[0][args.start : args.start + args.count]
+    if not 0 <= args.grad_steps <= TEST_STEPS or args.start < 0:
+        raise UserError(
+            f"--start {args.start} --grad_steps {args.grad_steps}: expected 0 or more, and up to {TEST_STEPS} steps"
+        )
     if len(prompts) < 2:
         raise UserError(
             f"--start {args.start} --count {args.count}: leaves {len(prompts)} of the prompts in "
@@ -61,15 +63,15 @@ def main() -> None:
     if args.picture:
         check_picture_name(Path(args.picture), "--picture")
     evaluate = Evaluation(prompts, args.start, args.guidance)
-    print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {STEPS} steps tuned")
+    print(f"{len(prompts)} prompts, guidance {args.guidance}, last {args.grad_steps} of {TEST_STEPS} steps tuned")
     before = evaluate(steps=args.grad_steps)
     looks = [evaluate(tuned=path, steps=args.grad_steps) for path in args.text_path]
     after = {name: torch.stack([scores[name] for scores, _ in looks]).mean(0) for name in before[0]}
     print(paired_table(before[0], after))
     for path, (scores, _) in zip(args.text_path, looks, strict=True):
         print(f"{path}: " + ", ".join(f"{name} {score.mean():.4g}" for name, score in scores.items()))
-    for steps in (STEPS, TEST_TUNED_STEPS) if args.words else ():
-        print(f"prompts with '{WORDS}' in the last {steps} of {STEPS} steps, scored with the plain prompts")
+    for steps in (TEST_STEPS, TEST_TUNED_STEPS) if args.words else ():
+        print(f"prompts with '{WORDS}' in the last {steps} of {TEST_STEPS} steps, scored with the plain prompts")
         print(paired_table(before[0], evaluate(words=WORDS, steps=steps)[0]))
     if args.picture:
         before_after_grid(before, looks[0], prompts, "tuning", Path(args.picture))
@@ -103,7 +105,7 @@ class Evaluation:
         `tuned`, or the original, that reads the prompts with `words` after them; all steps by the UNet in file `unet`,
         if any."""
         encoder, both = (self.encoder(tuned), tunes_unconditional([tuned])) if tuned else (None, True)
-        model, bank = self.model, self.banks.setdefault(steps, memory_bank((STEPS - steps,))) if steps else None
+        model, bank = self.model, self.banks.setdefault(steps, memory_bank((TEST_STEPS - steps,)))
         if unet:
             model, bank = self.model._replace(unet=copy.deepcopy(self.model.unet)), None
             load_unet(model.unet, unet)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from miniature import world
+from textcraftor.errors import UserError
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 PLACES, SIZES, LOOKS, CONDITIONS = (list(d) for d in (world.PLACES, world.SIZES, world.LOOKS, world.CONDITIONS))
@@ -105,20 +106,25 @@ def see(images: torch.Tensor, judge: Judge | None = None) -> list[dict]:
     return scenes
 
 
+seen = lru_cache(1)(see)  # all monitors are asked about the same pictures, one after the other
+
+
 def right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """(B,) 1.0 where the picture shows all that its prompt asks for, else 0.0."""
-    return torch.tensor(
-        [
-            float(all(world.content_right(scene, world.parse(prompt)).values()))
-            for scene, prompt in zip(see(images), prompts, strict=True)
-        ],
-        device=images.device,
-    )
+    try:
+        asked = [world.parse(prompt) for prompt in prompts]
+    except ValueError as problem:
+        raise UserError(
+            f"the miniature's judge: {problem}; it reads prompts like those in miniature/validation.csv alone. For "
+            "others, leave it out: --monitor clip"
+        ) from problem
+    rightness = [all(world.content_right(*pair).values()) for pair in zip(seen(images), asked, strict=True)]
+    return torch.tensor(rightness, dtype=torch.float32, device=images.device)
 
 
 def clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """(B,) 1.0 where the picture has none of the flaws, else 0.0."""
-    return torch.tensor([float(scene["condition"] == "clean") for scene in see(images)], device=images.device)
+    return torch.tensor([float(scene["condition"] == "clean") for scene in seen(images)], device=images.device)
 
 
 def right_and_clean(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -130,7 +136,7 @@ def look_share(look: str):
     """A monitor: (B,) 1.0 where the picture has this look, else 0.0."""
 
     def share(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        return torch.tensor([float(scene["look"] == look) for scene in see(images)], device=images.device)
+        return torch.tensor([float(scene["look"] == look) for scene in seen(images)], device=images.device)
 
     share.__name__ = look
     return share

@@ -3,8 +3,6 @@
 python -m miniature.measure            prints the figures that miniature/build.json holds
 """
 
-import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +13,16 @@ from miniature.judge import see
 from miniature.preferences import FAVOURITES
 from rewards import REWARDS, load_reward
 from textcraftor.bank import Bank, with_bank
-from textcraftor.embeddings import encode_prompts, guidance_pair
-from textcraftor.models import Model, latent_shape, load_model, quiet_libraries
+from textcraftor.embeddings import embed_prompts
+from textcraftor.models import Model, latent_shape, load_model, make_networks, quiet_libraries
+from textcraftor.options import TEST_STEPS, TEST_TUNED_STEPS, miniature_defaults
 from textcraftor.prompts import read_prompts
-from textcraftor.sampling import decode, make_scheduler, predict_noise, sample_last_k
+from textcraftor.sampling import make_images, make_scheduler, sample_last_k
 from textcraftor.validation import validation_noise
 
 HERE = Path(__file__).parent
 SEED = 1_000_000  # of test scenes, far from the training scenes' numbers
 JUDGED, PAIRS, PROMPTS = 1_000, 100, 128
-STEPS = 25
 WORDS = ", sharp and vivid, clean"
 
 
@@ -105,7 +103,7 @@ def make(
     guidance: float,
     tuned=None,
     words: str = "",
-    steps: int = 15,
+    steps: int = TEST_TUNED_STEPS,
     tune_unconditional: bool = True,
     bank: Bank | None = None,
 ) -> torch.Tensor:
@@ -113,23 +111,21 @@ def make(
     a tuned text encoder, or the model's own, that reads the prompts with `words` after them; the others by the model's
     own that reads the prompts. Without tune_unconditional, so is the empty prompt in all steps. bank: of the first 25 -
     `steps` steps, which are the same under every encoder."""
-    tuned = tuned or model.text_encoder
-    scheduler, shape = make_scheduler(model.scheduler_config, STEPS), latent_shape(model)
-    plain = guidance_pair(encode_prompts(model.tokenizer, model.text_encoder, ["", *prompts]))
-    told = guidance_pair(encode_prompts(model.tokenizer, tuned, ["", *(prompt + words for prompt in prompts)]))
-    if not tune_unconditional:
-        halves = ((plain[name].chunk(2)[0], told[name].chunk(2)[1]) for name in told)
-        told = dict(zip(told, map(torch.cat, halves), strict=True))
-    predict, noise = partial(predict_noise, model.unet, guidance), validation_noise(indices, shape)
-    sampler = with_bank(bank, sample_last_k, prompts, noise) if bank else sample_last_k
-    return decode(model.vae, sampler(predict, scheduler, noise, plain, told, steps))
+    networks, noise = make_networks(model, tuned, tune_unconditional), validation_noise(indices, latent_shape(model))
+    plain, _ = embed_prompts(networks, prompts)
+    _, told = embed_prompts(networks, [prompt + words for prompt in prompts])
+    scheduler = make_scheduler(model.scheduler_config, TEST_STEPS)
+    return make_images(
+        networks, scheduler, prompts, noise, tuned_steps=steps, guidance=guidance,
+        conditions=(plain, told), sampler=with_bank(bank, sample_last_k, prompts, noise) if bank else None,
+    )  # fmt: skip
 
 
 def measure_words(model: Model, prompts: list[str], guidance: float) -> dict[str, dict[str, float]]:
     """How the judge finds pictures of held-out prompts, in percent, as they are and with quality words added in all
     steps, the last 15 and the last 5: what tuning the late steps' encoder can reach."""
     figures = {}
-    for name, steps in {"plain": 0, "words in all steps": STEPS, "in the last 15": 15, "in the last 5": 5}.items():
+    for name, steps in {"plain": 0, "words in all steps": TEST_STEPS, "in the last 15": 15, "in the last 5": 5}.items():
         seen = []
         for start in range(0, len(prompts), 32):
             some = prompts[start : start + 32]
@@ -155,7 +151,7 @@ def measure_all(root: Path = HERE) -> dict:
     """Every figure, printed as it comes."""
     quiet_libraries()
     model = load_model(root / "stable-diffusion")
-    guidance = json.loads((root / "defaults.json").read_text())["guidance"]
+    guidance = miniature_defaults()["guidance"]
     prompts = read_prompts(str(root / "heldout.csv"))[0][-PROMPTS:]
     figures = {"judge": measure_judge(model.vae)}
     report("judge, percent right", figures["judge"])

@@ -77,7 +77,7 @@ def main(argv=None):
     args = make_parser(__doc__, OPTIONS).parse_args(argv)
     require(args, {"batch_size step grad_steps driven reuse steps": 1})
     name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", min(args.driven, args.step))
-    if args.grad_steps > among:
+    if args.grad_steps > among or args.gradient != "last_k" and args.driven > args.step:
         raise UserError(
             f"--grad_steps {args.grad_steps} --{name} {among}: the steps with gradient are among these, so give at "
             "most as many"

@@ -428,7 +428,7 @@ def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusi
 
     def card(name, run=tmp_path, form="text_encoder"):
         training = run_parts(run, str(tmp_path / name))
-        return model_card("ada/x", form, "x.safetensors", str(stable_diffusion), training, "note")
+        return model_card("ada/x", form, "x.safetensors", str(stable_diffusion), training, "note", {})
 
     best, last, other = (card(f"tc_text{name}.safetensors") for name in ("_best", "_e_0_iter_40", ""))
     assert "| updates | 20 |" in best and "| clip | 0.5000 | 0.7500 | +0.2500 |  |" in best
@@ -455,7 +455,7 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         ("text_encoder", exported("text_encoder", tuned, stable_diffusion, tmp_path / "encoder"), tuned),
         ("lora", full, tmp_path / "full_rank.safetensors"),
     ):
-        card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "")
+        card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "", {})
         code = card.split("```python\n")[1].split("```")[0]
         assert len(code.strip().splitlines()) <= 16
         code = code.replace('"ada/x"', repr(str(tmp_path if form == "lora" else path)))

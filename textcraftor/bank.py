@@ -38,6 +38,7 @@ class Bank(NamedTuple):
     folder: Path | None  # None: in memory
     memory: dict[str, torch.Tensor]
     say: Callable[[str], None]  # tells the user what could not be kept
+    problems: list[str]  # why nothing can be kept any more, if so
 
 
 def bank_stops(gradient: str, steps: int, most_graded: int, driven: int) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ def bank_stops(gradient: str, steps: int, most_graded: int, driven: int) -> tupl
 
 def memory_bank(stops: tuple[int, ...]) -> Bank:
     """An empty bank in memory, fp32."""
-    return Bank(stops, torch.float32, None, {}, print)
+    return Bank(stops, torch.float32, None, {}, print, [])
 
 
 def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...], dtype: torch.dtype, say=print) -> Bank:
@@ -73,7 +74,7 @@ def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...],
         "prediction type": scheduler.config.prediction_type,
     }
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return Bank(stops, dtype, Path(folder) / name, {}, say)
+    return Bank(stops, dtype, Path(folder) / name, {}, say, [])
 
 
 def with_bank(bank: Bank, sampler, prompts: Sequence[str], noise: torch.Tensor):
@@ -125,7 +126,7 @@ def read_entry(bank: Bank, key: str, shape: tuple[int, ...]) -> torch.Tensor | N
         return bank.memory.get(key)
     try:
         tensors = load_file(_path(bank, key))
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         return None
     latents = tensors.get("latents")
     whole = latents is not None and latents.shape == shape and latents.dtype == bank.dtype
@@ -133,16 +134,18 @@ def read_entry(bank: Bank, key: str, shape: tuple[int, ...]) -> torch.Tensor | N
 
 
 def write_entry(bank: Bank, key: str, latents: torch.Tensor) -> None:
-    """Keep latents (S, C, h, w). On a full disk the run goes on without keeping them."""
+    """Keep latents (S, C, h, w). On a full disk the run says so once, and goes on without keeping any more."""
     if bank.folder is None:
         bank.memory[key] = latents
+    if bank.folder is None or bank.problems:
         return
     path = _path(bank, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({"latents": latents, "sha256": torch.tensor([*_digest(latents)], dtype=torch.uint8)}, path)
     except (UserError, OSError) as problem:
-        bank.say(f"NOT KEPT in the bank: {problem}")
+        bank.problems.append(str(problem))
+        bank.say(f"the bank is NOT KEPT from here on: {problem}")
 
 
 def _digest(latents):
@@ -154,17 +157,19 @@ def _path(bank, key):
 
 
 def check_room(bank: Bank, entries: int, shape: tuple[int, ...]) -> str:
-    """A line for the user about a bank of `entries` new entries of latents of `shape`.
+    """A line for the user about a bank for `entries` entries of latents of `shape`, some of which it may have.
 
-    Raises UserError if its disk has no room for them.
+    Raises UserError if its disk has no room for the others, as many as its files are fewer.
     """
     each = torch.Size((len(bank.stops), *shape)).numel() * bank.dtype.itemsize + 4096
-    if free_bytes(bank.folder) < entries * each:
+    kept = sum(1 for _ in bank.folder.glob("*/*.safetensors"))
+    new = max(0, entries - kept)
+    if free_bytes(bank.folder) < new * each:
         raise UserError(
             f"--bank {bank.folder.parent}: {free_bytes(bank.folder) / 1e9:.2f} GB free, and this run adds up to "
-            f"{entries * each / 1e9:.2f} GB; free some space or choose another folder"
+            f"{new * each / 1e9:.2f} GB; free some space or choose another folder"
         )
-    return f"bank {bank.folder}: up to {entries} entries of {each / 1e3:.0f} kB"
+    return f"bank {bank.folder}: {kept} entries, {entries} for this run, {each / 1e3:.0f} kB each"
 
 
 def start_bank(args, accelerator, model, scheduler, data, updates: int, images: int, say) -> Bank:
@@ -177,6 +182,7 @@ def start_bank(args, accelerator, model, scheduler, data, updates: int, images: 
     dtype = torch.float32 if model.unet.dtype == torch.float32 else torch.float16
     bank = open_bank(args.bank, model, scheduler, args.guidance, stops, dtype, say)
     say(check_room(bank, samples, shape))
+    accelerator.wait_for_everyone()  # before any of them fills the disk
     if args.fill:
         fill_bank(bank, accelerator, make_networks(model), scheduler, args.guidance, data.batch, samples, shape)
     return bank
@@ -189,7 +195,6 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
     """
     mine = range(accelerator.process_index, entries, accelerator.num_processes)
     bar = tqdm(total=len(mine), desc="bank", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    frozen = networks._replace(text_encoder=networks.original_encoder)
     done = 0
 
     @find_executable_batch_size(starting_batch_size=FILL_BATCH)
@@ -198,7 +203,7 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
         while done < len(mine):
             numbers = mine[done : done + size]
             prompts, noise = batch(shape, numbers)
-            original, _ = embed_prompts(frozen, prompts)
+            original, _ = embed_prompts(networks, prompts)
             z = noise.to(networks.device) * scheduler.init_noise_sigma
 
             predict = partial(predict_noise, networks.unet, guidance)

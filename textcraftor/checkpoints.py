@@ -22,6 +22,7 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.files import free_bytes, write_whole
 from textcraftor.lora import load_lora, save_diffusers_lora, save_lora
 from textcraftor.recorded import record
+from textcraftor.run_folder import RESTART
 from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
 SAVE = {"text_encoder": save_text_encoder, "unet": save_unet}  # (state dict, path, metadata)
@@ -139,7 +140,7 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
             if not found:
                 raise UserError(
                     f"--resume: {states[-1]} belongs to {part.name}_e_…_iter_{step}.safetensors, which is not in "
-                    f"{folder}; put it back, or start another run from other weights with --text_path"
+                    f"{folder}; put it back, or start another run elsewhere (--output-path)"
                 )
             network = accelerator.unwrap_model(part.network)
             if part.lora:
@@ -150,8 +151,8 @@ def load_checkpoint(accelerator, trained: list[Trained], folder: Path) -> int:
         accelerator.load_state(str(states[-1]))
     except Exception as problem:  # pickle, zip and accelerate each raise their own kinds for a damaged file
         raise UserError(
-            f"--resume: {states[-1]} is damaged or incomplete ({type(problem).__name__}: {first_line(problem)}); start "
-            f"another run from the weights in {folder} with --text_path"
+            f"--resume: {states[-1]} is damaged or incomplete ({type(problem).__name__}: {first_line(problem)}); "
+            f"{RESTART.format(folder=folder)}"
         ) from problem
     return step
 

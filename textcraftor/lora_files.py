@@ -97,7 +97,7 @@ def with_lora(
                 f"{found}; expected a LoRA of this model"
             )
         change = scale * (up.double().flatten(1) @ down.double().flatten(1)).view(weight.shape)
-        weights[f"{layer}.weight"] = (weight.double() + change.to(weight.device)).to(weight.dtype)
+        weights[f"{layer}.weight"] = (weight.cpu().double() + change).to(weight)  # Apple's GPUs have no float64
     check_finite(weights, path)
     return weights
 
@@ -139,6 +139,6 @@ def _adapter_settings(path, part):
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get(ADAPTER_METADATA, "{}"))
-    except SafetensorError:  # a pickle, which has no header
+    except (SafetensorError, OSError):  # a pickle, which has no header, or a folder
         return {}
     return {name.removeprefix(f"{part}."): value for name, value in settings.items() if name.startswith(f"{part}.")}

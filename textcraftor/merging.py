@@ -8,6 +8,7 @@ import torch
 from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
 from textcraftor.mixing import Weighted, original_share
+from textcraftor.recorded import record, shared_settings
 from textcraftor.weight_files import read_text_encoder
 from textcraftor.weights import check_finite, check_fit, save_tensors
 
@@ -16,9 +17,11 @@ def merge(encoders: list[Weighted], base: str, output: Path | str) -> str:
     """Write Σ wᵢ Wᵢ + (1 − Σ wᵢ) W₀ as fp32 safetensors, with what was merged in its metadata -> the formula.
 
     encoders: paths, as load_text_encoder takes them, and their weights; base: a model whose text encoder is W₀, read
-    only if the weights do not add up to 1, or for LoRAs. Raises UserError if names or shapes differ, and
-    for NaN or infinity.
+    only if the weights do not add up to 1, or for LoRAs. Raises UserError if names or shapes differ, if the encoders
+    were trained to sample in different ways (recorded.py), and for NaN or infinity.
     """
+    advice = "merge encoders that were trained alike, or mix their embeddings in test_parti.py"
+    settings = record(shared_settings([path for path, _ in encoders], set(), advice))
     share = original_share([weight for _, weight in encoders])
     terms = [*encoders, Weighted(base, share)] if share else encoders
     states = [read_text_encoder(path, base) for path, _ in terms]
@@ -27,7 +30,7 @@ def merge(encoders: list[Weighted], base: str, output: Path | str) -> str:
     weighted = [(weight, state) for (_, weight), state in zip(terms, states, strict=True)]
     merged = {name: sum(weight * state[name].float() for weight, state in weighted) for name in states[0]}
     check_finite(merged, output)
-    save_tensors(merged, output, {"merged": json.dumps([describe(*term) for term in terms])})
+    save_tensors(merged, output, {"merged": json.dumps([describe(*term) for term in terms])} | settings)
     return " + ".join(f"{weight:.6g} * {path}" for path, weight in terms)
 
 

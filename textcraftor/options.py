@@ -10,6 +10,7 @@ from textcraftor.errors import UserError
 
 # At test time (and in validation) the tuned encoder conditions this many of the last steps of 25: TextCraftor, Table 4.
 TEST_TUNED_STEPS = 15
+TEST_STEPS = 25
 TEST_SEED = 2023
 
 # Sampler names for users -> diffusers' scheduler classes.
@@ -60,7 +61,7 @@ def make_parser(description, options):
         parser.add_argument(*spellings, dest=bare.replace("-", "_"), help=comment.replace("%", "%%"), **how)
 
     def fail(message):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
         near = difflib.get_close_matches(unknown, parser._option_string_actions, 1) if unknown.startswith("-") else []
         guess = f"; did you mean {near[0]}?" if near and message.startswith("unrecognized") else ""
         raise UserError(f"{message}{guess} (--help lists all options)")

@@ -5,7 +5,6 @@ paper's tests (Table 4). `attach_encoder` makes a pipeline do so, in SD v1's cla
 encoder stands in for the first of the two (Figure 7).
 """
 
-import copy
 import inspect
 import math
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from textcraftor.errors import UserError
 from textcraftor.mixing import mix
 from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.recorded import tunes_unconditional
-from textcraftor.weight_files import load_text_encoder
+from textcraftor.weight_files import load_text_encoder, needs_base
 
 
 def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditional=None):
@@ -56,7 +55,8 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditi
             f"{', '.join(map(str, weights)) or 'nothing'}"
         )
     if tune_unconditional is None:
-        tune_unconditional = tunes_unconditional([each for each, _ in pairs if isinstance(each, (str, Path))])
+        files = [each for each, _ in pairs if isinstance(each, (str, Path))]
+        tune_unconditional = tunes_unconditional(files, "say which with tune_unconditional=True or False")
     fitting = [(_fitting(each, own), weight) for each, weight in pairs]
     switch = _Switch(pipeline, fitting, tuned_steps, tune_unconditional)
     pipeline.encode_prompt, pipeline.progress_bar = switch.encode_prompt, switch.progress_bar
@@ -76,7 +76,10 @@ def _is_clip(encoder):
 def _fitting(tuned, own):
     """The tuned text encoder, checked; a new one like the pipeline's own if `tuned` names weights."""
     if isinstance(tuned, (str, Path)):
-        encoder = copy.deepcopy(getattr(own, "_orig_mod", own)).eval().requires_grad_(False)  # a LoRA adds to it
+        # A new one, since the pipeline's own may be offloaded, and its weights then elsewhere.
+        encoder = CLIPTextModel(own.config).to(own.dtype).eval().requires_grad_(False)
+        if needs_base(tuned):
+            encoder.load_state_dict(getattr(own, "_orig_mod", own).state_dict())
         load_text_encoder(encoder, tuned)
         return encoder
     if not _is_clip(tuned):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from textcraftor.errors import UserError
 
+ENCODERS = ("model.safetensors", "text_encoder/model.safetensors")  # in the folders that export.py writes
 KEY = "textcraftor"  # in the metadata of a safetensors file
 # Options of the test programs whose defaults come from the weights.
 TESTED = ("step", "grad_steps", "guidance", "tune_unconditional")
@@ -20,7 +21,8 @@ def record(settings: Mapping) -> dict[str, str]:
 
 
 def recorded_settings(path: Path | str) -> dict:
-    """The settings in a safetensors file's header; {} for other files, folders and hub ids, and if it has none."""
+    """The settings in a safetensors file's header, or that of the text encoder in a folder; {} if there are none."""
+    path = next((Path(path) / name for name in ENCODERS if (Path(path) / name).is_file()), path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -30,10 +32,11 @@ def recorded_settings(path: Path | str) -> dict:
         return {}
 
 
-def shared_settings(paths: list[str], given: set[str]) -> dict:
+def shared_settings(paths: list[str], given: set[str], advice: str = "choose one with --{name}") -> dict:
     """The settings that the encoders at `paths` were trained for, as defaults of the test programs' options TESTED.
 
-    given: options on the command line, which need not agree. Raises UserError if two files say different things.
+    given: options on the command line, which need not agree. Raises UserError, with advice on what to do, if two files
+    say different things.
     """
     shared = {}
     for path in paths:
@@ -42,10 +45,13 @@ def shared_settings(paths: list[str], given: set[str]) -> dict:
                 continue
             if shared.setdefault(name, (value, path))[0] != value:
                 other, at = shared[name]
-                raise UserError(f"{at} was trained for --{name} {other}, {path} for {value}; choose one with --{name}")
+                raise UserError(
+                    f"{at} was trained for --{name} {other}, {path} for {value}; {advice.format(name=name)}"
+                )
     return {name: value for name, (value, _) in shared.items()}
 
 
-def tunes_unconditional(paths: list[str]) -> bool:
+def tunes_unconditional(paths: list[str], advice: str = "use encoders that agree") -> bool:
     """Whether the tuned encoders at `paths` drive the unconditional branch of guidance as well; yes if none says."""
-    return shared_settings(paths, {"step", "grad_steps", "guidance"}).get("tune_unconditional", "on") == "on"
+    others = set(TESTED) - {"tune_unconditional"}
+    return shared_settings(paths, others, advice).get("tune_unconditional", "on") == "on"

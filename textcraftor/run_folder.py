@@ -10,6 +10,7 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.files import check_writable, read_json_object, write_whole
 
 OPTIONS_FILE = "options.json"
+RESTART = "start another run elsewhere (--output-path), from the text encoder in {folder} if it has one (--text_path)"
 
 
 def check_folder(folder, resume):
@@ -89,8 +90,7 @@ class Record:
                 raise ValueError(f"expected one row for each of the steps 0 to {last_step}, found {len(self.rows)}")
         except (OSError, ValueError, TypeError) as problem:
             raise UserError(
-                f"--resume: {self.path} is damaged ({first_line(problem)}); start another run from the weights in "
-                f"{self.folder} with --text_path"
+                f"--resume: {self.path} is damaged ({first_line(problem)}); {RESTART.format(folder=self.folder)}"
             ) from problem
         if self.writes:
             self._rewrite()

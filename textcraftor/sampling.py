@@ -138,17 +138,16 @@ def sample_one_prediction(
 
 
 def sample_prefix(predict, scheduler, z, original, stops):
-    """The latents (B, S, C, h, w) before each of the S steps with indices `stops`, in ascending order.
+    """The latents (B, S, C, h, w) before each of the S steps with indices `stops`, in ascending order; T means z_0.
 
     z: (B, C, h, w), z_T. All steps use `original`. For DDIM, whose steps need nothing of those before.
     """
     kept = []
-    for index, t in enumerate(scheduler.timesteps[: stops[-1] + 1]):
+    for index, t in enumerate(scheduler.timesteps[: stops[-1]]):
         if index in stops:
             kept.append(z)
-        if index < stops[-1]:
-            z = scheduler.step(predict(z, t, original), t, z).prev_sample
-    return torch.stack(kept, dim=1)
+        z = scheduler.step(predict(z, t, original), t, z).prev_sample
+    return torch.stack([*kept, z], dim=1)
 
 
 def training_sampler(gradient, grad_steps, driven, seed, step):

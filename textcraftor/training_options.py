@@ -1,14 +1,22 @@
 """The training script's options. Nothing here imports torch, so --help and errors appear at once."""
 
 import importlib.util
-import json
 import secrets
 
 from rewards import REWARDS
 from textcraftor.errors import UserError
 from textcraftor.files import check_writable
-from textcraftor.options import REPOSITORY, TEST_TUNED_STEPS, make_parser, require, reward_specs
-from textcraftor.recorded import tunes_unconditional
+from textcraftor.options import (
+    MINIATURE,
+    MINIATURE_MODEL,
+    REPOSITORY,
+    TEST_TUNED_STEPS,
+    make_parser,
+    miniature_defaults,
+    require,
+    reward_specs,
+)
+from textcraftor.recorded import recorded_settings
 from textcraftor.run_folder import check_folder
 
 # fmt: off
@@ -42,15 +50,15 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
     ("--step",             25,                        "T, number of DDIM sampling steps"),
-    ("--gradient",         ("last_k", "drtune", "refl"), "through: last K steps; K of --driven; 1 of --driven"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "last K steps, K of the last --driven, or 1 of them"),
     ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn for each update"),
-    ("--driven",           15,                        "drtune, refl: last steps with tuned embeddings"),
+    ("--driven",           15,                        "drtune, refl: how many last steps K is drawn from"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
-    ("--bank",             "",                        "folder for first steps, computed once and shared by runs"),
-    ("--reuse",            1,                         "--bank: times that each prompt's noise is used in training"),
-    ("--fill",             False,                     "--bank: compute it for the whole run, then stop"),
-    ("--tune_unconditional", ("", "on", "off"),       "tuned encoder for the empty prompt, too (default: on)"),
+    ("--bank",             "",                        "folder that keeps first steps, for all runs to use"),
+    ("--reuse",            1,                         "--bank: how often to train on each image it begins"),
+    ("--fill",             False,                     "only compute the --bank of the whole run, then stop"),
+    ("--tune_unconditional", ("", "on", "off"),       "tune the empty prompt, too (SD v1.5: on; miniature: off)"),
     ("--t_min",            0,                         "--method direct: least noise, as a time step"),
     ("--t_max",            999,                       "--method direct: most noise, as a time step"),
     # Batches and duration.
@@ -93,19 +101,20 @@ def parse_options(argv=None):
     parser = make_parser(
         "TextCraftor: fine-tune the text encoder of Stable Diffusion with differentiable rewards.", OPTIONS
     )
-    args = parser.parse_args(argv)
+    args, tune_unconditional = parser.parse_args(argv), "on"
     if args.model == "miniature":
-        folder = REPOSITORY / "miniature"
-        defaults = json.loads((folder / "defaults.json").read_text())
+        defaults = miniature_defaults()
+        tune_unconditional = defaults.pop("tune_unconditional")
         for name in {"prompts", "val_prompts"} & defaults.keys():
             defaults[name] = str(REPOSITORY / defaults[name])
         defaults["monitor"] = [] if args.monitor else [str(REPOSITORY / spec) for spec in defaults.get("monitor", [])]
-        parser.set_defaults(weights=str(folder), **defaults)
+        parser.set_defaults(weights=str(MINIATURE), **defaults)
         args = parser.parse_args(argv)
-        args.model = str(folder / "stable-diffusion")
+        args.model = MINIATURE_MODEL
     check_options(args)
-    if not args.tune_unconditional:
-        args.tune_unconditional = "on" if tunes_unconditional([args.text_path]) else "off"
+    # Where training goes on from weights, they say it.
+    recorded = recorded_settings(args.text_path).get("tune_unconditional", tune_unconditional)
+    args.tune_unconditional = args.tune_unconditional or recorded
     named = {name: getattr(args, name) for name in REWARDS}
     args.weighted, args.monitored = reward_specs(named, args.reward, args.monitor)
     return args
@@ -154,6 +163,14 @@ def check_options(args):
     if args.bank and (args.lr_unet or args.method == "direct"):
         why = "--lr_unet trains the UNet, which changes the first steps" if args.lr_unet else "--method direct has none"
         raise UserError(f"--bank keeps the first sampling steps, and {why}; leave it out")
+    if (
+        args.bank
+        and args.gradient != "refl"
+        and args.step == (args.grad_range[1] if args.gradient == "last_k" else args.driven)
+    ):
+        raise UserError(
+            f"--bank keeps the steps before the tuned ones, and of {args.step} steps all are tuned; leave it out"
+        )
     if (args.fill or args.reuse > 1) and not args.bank:
         option = "fill" if args.fill else f"reuse {args.reuse}"
         raise UserError(f"--{option} needs a folder to keep the first sampling steps in; add --bank FOLDER")
@@ -161,6 +178,12 @@ def check_options(args):
         check_writable(args.bank, "--bank")
     if args.lora_alpha and not args.lora_rank:
         raise UserError(f"--lora_alpha {args.lora_alpha} scales a LoRA; set its rank as well, such as --lora_rank 16")
+    if args.lora_rank and args.lr_text and args.text_path:
+        raise UserError(
+            f"--lora_rank {args.lora_rank} --text_path {args.text_path}: the LoRA's file would hold only what it adds "
+            "to these weights, and all programs add it to the original encoder's; start it from the original encoder "
+            "(leave out --text_path), or train all weights (leave out --lora_rank)"
+        )
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
     if args.lr_text == args.lr_unet == 0:
@@ -171,13 +194,18 @@ def check_options(args):
         check_folder(args.output_path, args.resume)
 
 
+def tested_steps(args):
+    """How many of the last steps the tuned encoder drives in validation and in tests: with drtune as many as in
+    training, otherwise 15, or all of fewer."""
+    return args.driven if args.gradient == "drtune" else min(args.step, TEST_TUNED_STEPS)
+
+
 def sampling_settings(args):
     """How this run samples, for the metadata of its weights: the test programs' defaults, and what made them.
 
-    grad_steps is that of the test programs, the number of last steps that the tuned encoder drives.
+    grad_steps is that of the test programs, see tested_steps.
     """
-    driven = min(args.step, TEST_TUNED_STEPS) if args.gradient == "last_k" else args.driven
-    tested = {"step": args.step, "grad_steps": driven, "guidance": args.guidance}
+    tested = {"step": args.step, "grad_steps": tested_steps(args), "guidance": args.guidance}
     trained = {"gradient": args.gradient, "trained grad_steps": args.grad_steps, "method": args.method}
     return tested | {"tune_unconditional": args.tune_unconditional} | trained
 

@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 from textcraftor.bank import memory_bank, with_bank
 from textcraftor.checkpoints import has_room, save_weights
 from textcraftor.files import write_whole
-from textcraftor.options import TEST_SEED, TEST_TUNED_STEPS
+from textcraftor.options import TEST_SEED
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
 from textcraftor.pictures import save as save_picture
 from textcraftor.sampling import prompt_noise, sample_last_k, to_uint8
 from textcraftor.statistics import paired_table
 from textcraftor.trackers import log_picture
+from textcraftor.training_options import tested_steps
 
 PICTURES = 8  # held-out prompts in a grid of pictures
 
@@ -27,7 +28,7 @@ def look(run, step, count, check_stop):
     def sample(prompts, indices):
         noise = validation_noise(indices, run.shape)
         sampler = with_bank(run.held_out_bank, sample_last_k, prompts, noise) if run.held_out_bank else sample_last_k
-        return run.sample(prompts, noise, tuned_steps=held_out_tuned_steps(run.args.step), sampler=sampler)
+        return run.sample(prompts, noise, tuned_steps=tested_steps(run.args), sampler=sampler)
 
     held_out, is_main = run.data.held_out[:count], run.accelerator.is_main_process
     if step == 0:
@@ -55,14 +56,9 @@ def look(run, step, count, check_stop):
     return scores, images
 
 
-def held_out_tuned_steps(steps):
-    """How many of the last steps the tuned encoder drives in validation: 15 as at test time, or all of fewer."""
-    return min(steps, TEST_TUNED_STEPS)
-
-
 def held_out_bank(args):
     """A bank for the first steps of held-out prompts, which are the same in every validation unless the UNet trains."""
-    stop = args.step - held_out_tuned_steps(args.step)
+    stop = args.step - tested_steps(args)
     return memory_bank((stop,)) if stop and not args.lr_unet else None
 
 

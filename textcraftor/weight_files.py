@@ -107,6 +107,8 @@ def read_text_encoder(path: Path | str, base: Path | str) -> dict[str, torch.Ten
     """
     states = _read_tuned(path, "text_encoder")
     if is_lora(states):
+        if path == base:
+            raise UserError(f"{base}: is a LoRA, which changes a model; name the model that it changes")
         return with_lora(read_text_encoder(base, base), states, "text_encoder", path)
     state = text_encoder_state(states, path)
     check_finite(state, path)

@@ -103,7 +103,7 @@ def given_options(parser, argv):
     parser.set_defaults(**dict.fromkeys(TESTED))
     args = parser.parse_args(argv)
     parser.set_defaults(**defaults)
-    return {name for name in TESTED if getattr(args, name) is not None}
+    return {name for name in TESTED if getattr(args, name) not in (None, "")}
 
 
 def parse_encoders(specs: list[str]) -> list[Weighted]:

@@ -8,14 +8,13 @@ from huggingface_hub import ModelCardData
 from rewards import REWARDS
 from textcraftor.downloads import SOURCES
 from textcraftor.errors import UserError, first_line
-from textcraftor.options import TEST_TUNED_STEPS
+from textcraftor.options import TEST_STEPS, TEST_TUNED_STEPS
 from textcraftor.run_folder import OPTIONS_FILE, read_options, read_rows
 from textcraftor.statistics import paired_interval
 from textcraftor.validation import load_look
 
 PAPER = "https://arxiv.org/abs/2403.18978"
 PICTURE = "before_after.png"
-STEPS = 25  # at test time
 # Options of a run that the card names, if the run has them and they are not off; never paths, which are private.
 SETTINGS = {
     "images per step": "images per update",
@@ -25,6 +24,10 @@ SETTINGS = {
     "step": "sampling steps",
     "gradient": "gradient",
     "grad_steps": "steps with gradient",
+    "driven": "of the last steps",
+    "tune_unconditional": "empty prompt tuned",
+    "reuse": "uses of each trajectory",
+    "lora_rank": "LoRA rank",
     "guidance": "guidance scale",
     "clip_constraint": "CLIP constraint",
     "anchor": "anchor",
@@ -33,7 +36,16 @@ SETTINGS = {
     "ema": "moving average",
     "seed": "seed",
 }
-OFF = {"lr_unet": 0, "clip_constraint": 0, "anchor": 0, "shared_text": 1, "smooth": 0, "ema": 0}
+OFF = {
+    "lr_unet": 0,
+    "reuse": 1,
+    "lora_rank": 0,
+    "clip_constraint": 0,
+    "anchor": 0,
+    "shared_text": 1,
+    "smooth": 0,
+    "ema": 0,
+}
 
 # Loads the tuned text encoder, leaves `tuned` as the embeddings, and puts the original one back.
 WHOLE = """\
@@ -66,10 +78,14 @@ prompt = "a red fox in the snow"
 EMBED = """\
 with torch.no_grad():
     tuned = torch.cat(pipe.encode_prompt(prompt, pipe.device, 1, True)[::-1])"""
+# The negative prompt's embeddings come first in `tuned`.
+ORIGINAL_NEGATIVE = """
+tuned[:1] = pipe.encode_prompt(prompt, pipe.device, 1, True)[1].detach()  # the negative prompt stays the original's"""
 SWITCH = """
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 switch = lambda pipe, step, t, tensors: {{"prompt_embeds": tuned}} if step >= {last_original} else {{}}
-image = pipe(prompt, num_inference_steps={steps}, callback_on_step_end=switch).images[0]
+settings = {{"num_inference_steps": {steps}, "guidance_scale": {guidance:g}}}
+image = pipe(prompt, **settings, callback_on_step_end=switch).images[0]
 """
 COMFYUI = {
     "clip_l": "Put `{file}` into `models/text_encoders/`; load it with *Load CLIP*, type `stable_diffusion`.",
@@ -77,10 +93,9 @@ COMFYUI = {
     "lora": "Put `{file}` into `models/loras/`; load it with *Load LoRA*.",
     "lora_kohya": "Put `{file}` into `models/loras/`; load it with *Load LoRA*. In A1111: `models/Lora/`.",
 }
-SHARE = 1 - TEST_TUNED_STEPS / STEPS
 COMFYUI_SWITCH = (
-    "To keep the original encoder in the first steps, encode the prompts with both, pass the original's through "
-    f"*ConditioningSetTimestepRange* with 0 to {SHARE:g} and the tuned one's with {SHARE:g} to 1, and join them with "
+    "To keep the original encoder in the first steps, encode {prompts} with both, pass the original's through "
+    "*ConditioningSetTimestepRange* with 0 to {share:g} and the tuned one's with {share:g} to 1, and join them with "
     "*ConditioningCombine*."
 )
 
@@ -91,11 +106,12 @@ def find_run(run: str, text_path: str) -> Path | None:
     return folder if (folder / OPTIONS_FILE).is_file() else None
 
 
-def model_card(repo: str, form: str, file: str, model: str, training: list[str], note: str) -> str:
+def model_card(repo: str, form: str, file: str, model: str, training: list[str], note: str, settings: dict) -> str:
     """README.md of a hub repository, its metadata included.
 
     repo: USER/NAME; form: of exporting.options; file: the name of the exported file; model: the base model; training:
-    sections on the training run, see run_parts; note: what export says of the file.
+    sections on the training run, see run_parts; note: what export says of the file; settings: how the encoder was
+    trained to sample, see recorded.recorded_settings.
     """
     base, known = base_model(model)
     data = ModelCardData(
@@ -104,17 +120,22 @@ def model_card(repo: str, form: str, file: str, model: str, training: list[str],
         base_model=base if known else None,
     )  # fmt: skip
     names = {"repo": repo, "file": file, "base": base}
+    steps, tuned_steps = settings.get("step", TEST_STEPS), settings.get("grad_steps", TEST_TUNED_STEPS)
+    first, both = steps - tuned_steps, settings.get("tune_unconditional", "on") == "on"
     parts = [f"---\n{data.to_yaml()}\n---\n# {repo.split('/')[1]}"]
     parts += [
         f"The text encoder of {base}, fine-tuned with rewards by [TextCraftor]({PAPER}). The original encoder drives "
-        f"the first {STEPS - TEST_TUNED_STEPS} of {STEPS} steps, this one the last {TEST_TUNED_STEPS}."
+        f"the first {first} of {steps} steps, this one the last {tuned_steps}"
+        f"{'.' if both else ', and the original one the negative prompt in all of them.'}"
     ]
     if form in CODE:
-        switch = SWITCH.format(last_original=STEPS - TEST_TUNED_STEPS - 1, steps=STEPS)
-        code = CODE[form].format(**names, embed=EMBED)
+        switch = SWITCH.format(last_original=first - 1, steps=steps, guidance=settings.get("guidance", 7.5))
+        code = CODE[form].format(**names, embed=EMBED) + ("" if both else ORIGINAL_NEGATIVE)
         parts += [f"## In diffusers\n\n```python\n{BEGIN}{code}{switch}```"]
     if form in COMFYUI:
-        parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {COMFYUI_SWITCH}"]
+        prompts = "the prompts" if both else "the prompt, but not the negative one,"
+        switch = COMFYUI_SWITCH.format(prompts=prompts, share=round(first / steps, 3))
+        parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {switch}"]
     if "lora" in form:
         parts += [f"This LoRA approximates the difference of two encoders. {note[:1].upper()}{note[1:]}."]
     return "\n\n".join([*parts, *training]) + "\n"
@@ -140,7 +161,8 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
     lines = ["## Training", "", "| reward | weight |", "| --- | --- |"]
     lines += [f"| {name} | {weight:g} |" for name, weight in rewards.items()]
     lines += ["", "| setting | |", "| --- | --- |"]
-    told = {text: options[name] for name, text in SETTINGS.items() if options.get(name) not in (None, OFF.get(name))}
+    off = OFF | ({"driven": options.get("driven")} if options.get("gradient", "last_k") == "last_k" else {})
+    told = {text: options[name] for name, text in SETTINGS.items() if options.get(name) not in (None, off.get(name))}
     lines += [
         f"| {text} | {value:g} |" if isinstance(value, float) else f"| {text} | {value} |"
         for text, value in told.items()

@@ -21,6 +21,7 @@ from textcraftor.exporting.lora import lora_of_difference
 from textcraftor.exporting.original_names import LDM_TEXT, LDM_UNET, LDM_VAE, original_text, original_unet, original_vae
 from textcraftor.files import write_whole
 from textcraftor.lora_files import diffusers_lora, kohya_lora, kohya_metadata
+from textcraftor.recorded import record
 from textcraftor.weight_files import load_public_state
 from textcraftor.weights import read_states, save_tensors
 
@@ -29,32 +30,36 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 State = dict[str, torch.Tensor]
 
 
-def export(form: str, model: str, original: State, tuned: State, output: Path, dtype: torch.dtype, rank: int) -> str:
+def export(
+    form: str, model: str, original: State, tuned: State, output: Path, dtype: torch.dtype, rank: int, settings: dict
+) -> str:
     """Write `tuned` to `output` in the form (options.FILE_FORMS, FOLDER_FORMS) -> a line for the user on how to use it.
 
-    model: the base model as load_model takes it; dtype: of all weights written; rank: of a LoRA.
+    model: the base model as load_model takes it; dtype: of all weights written; rank: of a LoRA; settings: how the
+    encoder was trained to sample, for the file's metadata (recorded.record).
     """
+    metadata = record(settings) if settings else {}
     output = Path(output)
     if form == "diffusers":
         with write_folder(output) as folder:
-            save_pipeline(model, tuned, folder, dtype)
+            save_pipeline(model, tuned, folder, dtype, metadata)
         return "all steps use the tuned encoder; to keep the original one in the first steps, see the README"
     if form == "text_encoder":
         with write_folder(output) as folder:
-            save_encoder_folder(model_configs(model) / "text_encoder", tuned, folder, dtype)
+            save_encoder_folder(model_configs(model) / "text_encoder", tuned, folder, dtype, metadata)
         return "load it with transformers' CLIPTextModel.from_pretrained"
     if form == "clip_l":
-        save_tensors(cast(tuned, dtype), output)
+        save_tensors(cast(tuned, dtype), output, metadata)
         return "ComfyUI: models/text_encoders, node Load CLIP, type stable_diffusion"
     if form == "checkpoint":
         state, note = checkpoint_state(model, tuned, dtype)
-        save_tensors(state, output)
+        save_tensors(state, output, metadata)
         return f"ComfyUI: models/checkpoints; A1111: models/Stable-diffusion{note}"
     factors, error = lora_of_difference(original, tuned, rank)
     if form == "lora":
-        save_tensors(cast(diffusers_lora("text_encoder", factors), dtype), output)
+        save_tensors(cast(diffusers_lora("text_encoder", factors), dtype), output, metadata)
         return f"LoRA of rank {rank}: {error}"
-    save_tensors(cast(kohya_lora("text_encoder", factors), dtype), output, kohya_metadata(rank, rank))
+    save_tensors(cast(kohya_lora("text_encoder", factors), dtype), output, metadata | kohya_metadata(rank, rank))
     return f"LoRA of rank {rank}: {error}"
 
 
@@ -76,7 +81,9 @@ def model_configs(model: str) -> Path:
     return path if path.is_dir() else models.fetch_model(model)
 
 
-def save_encoder_folder(configs: Path, tuned: State, folder: Path, dtype: torch.dtype) -> None:
+def save_encoder_folder(
+    configs: Path, tuned: State, folder: Path, dtype: torch.dtype, metadata: dict[str, str]
+) -> None:
     """config.json and model.safetensors of the text encoder, as CLIPTextModel.from_pretrained reads them.
 
     configs: folder with the original's config.json. The names of the weights are those of transformers 4, which both
@@ -90,10 +97,10 @@ def save_encoder_folder(configs: Path, tuned: State, folder: Path, dtype: torch.
     content = json.loads(path.read_text(encoding="utf-8"))
     content["torch_dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_tensors(cast(tuned, dtype), folder / "model.safetensors")
+    save_tensors(cast(tuned, dtype), folder / "model.safetensors", metadata)
 
 
-def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) -> None:
+def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
     """A whole StableDiffusionPipeline with the tuned text encoder, for from_pretrained; no safety checker."""
     configs = model_configs(model)
     tokenizer, text_encoder, unet, vae, scheduler_config = models.load_model(model)
@@ -115,7 +122,7 @@ def save_pipeline(model: str, tuned: State, folder: Path, dtype: torch.dtype) ->
     # tokenizer's vocabulary and the text encoder's names.
     shutil.copyfile(configs / "scheduler" / SCHEDULER_CONFIG, folder / "scheduler" / SCHEDULER_CONFIG)
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    save_encoder_folder(configs / "text_encoder", tuned, folder / "text_encoder", dtype)
+    save_encoder_folder(configs / "text_encoder", tuned, folder / "text_encoder", dtype, metadata)
 
 
 def checkpoint_state(model: str, tuned: State, dtype: torch.dtype) -> tuple[State, str]:
