@@ -324,11 +324,8 @@ def train_step(run, step, check_stop):
     optimizer.zero_grad()
 
     seconds, images = time.perf_counter() - began, run.global_batch
-    row = {
-        "step": step,
-        "epoch": samples_shown(step, images, args.reuse) / len(run.data.prompts),
-        "lr": optimizer.param_groups[0]["lr"],
-    }
+    epoch = samples_shown(step, images, args.reuse) / len(run.data.prompts)
+    row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
     return row | dict(zip(["total", *scores], means, strict=True))
