@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pandas as pd
 import pytest
 import torch
@@ -18,11 +17,12 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from miniature import clips, extender, world
 from miniature.fit import fit, in_parts
-from miniature.judge import QUESTIONS, THINGS, Judge, answers, see
+from miniature.judge import QUESTIONS, THINGS, Judge, answers, right, see
 from miniature.preferences import PAIR_NOISE, draw_group, group_of, like, preference_loss
 from textcraftor.benchmark.extend import extend_prompt, load_extender
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.embeddings import count_cut
+from textcraftor.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "miniature"
 needs_font = pytest.mark.skipif(
@@ -338,6 +338,11 @@ def test_its_text_encoder_has_the_names_that_all_tools_know():
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+def test_the_judge_says_which_prompts_it_cannot_read():
+    with pytest.raises(UserError, match="cat.* --monitor clip"):
+        right(torch.zeros(1, 3, 64, 64), ["a photograph of the cat that I lost"])
+
+
 @needs_font
 def test_the_judge_is_right_about_fresh_pictures():
     """200 scenes that nothing was trained on; build.json has the figures of 1,000."""
@@ -404,6 +409,4 @@ def test_the_first_command_trains_and_shows(tmp_path):
     done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
     for name in ("tc_text.safetensors", "tc_text_best.safetensors", "before_after.png", "curves.png", "metrics.csv"):
-        assert (tmp_path / "run" / name).stat().st_size > 1000 or name == "metrics.csv"
-    config = json.loads((FOLDER / "clip/open_clip_config.json").read_text())["model_cfg"]
-    assert open_clip.CLIP(**config).visual.image_size == (64, 64)
+        assert (tmp_path / "run" / name).stat().st_size > (300 if name == "metrics.csv" else 1000)

@@ -143,6 +143,13 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
             merge.main(argv)
         assert "\n" not in str(refused.value)
     assert not output.exists()
+    with pytest.raises(UserError, match="whole.safetensors: is a LoRA, which changes a model"):
+        lora = {
+            f"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{name}.weight": torch.zeros(shape)
+            for name, shape in (("down", (4, 32)), ("up", (64, 4)))
+        }
+        save_file(lora, tmp_path / "whole.safetensors")
+        merge.main([f"{a}=0.3", "-o", str(output), "--base", str(tmp_path / "whole.safetensors")])
     with pytest.raises(UserError, match="no-model: no such weights"):
         merge.main([f"{a}=0.3", "-o", str(output), "--base", "./no-model"])
     with pytest.raises(UserError, match="-o is missing"):

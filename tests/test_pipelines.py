@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoPipelineForText2Image,
     ControlNetModel,
@@ -257,6 +258,20 @@ def test_only_the_attached_pipeline_changes(pipeline, tuned):
     detach_encoder(stock)
     detach_encoder(stock)
     assert torch.equal(draw(stock), own) and torch.equal(draw(twin), whole)
+
+
+def test_an_offloaded_pipeline_takes_weights(pipeline, tuned, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    save_text_encoder(tuned.state_dict(), file)
+    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("text_encoder", "unet", "vae")}
+    stock = build(StableDiffusionPipeline, pipeline, **copies)
+    attach_encoder(stock, str(file), K)
+    expected = draw(stock)
+    for network in copies.values():
+        cpu_offload(network, torch.device("cpu"))  # as enable_sequential_cpu_offload does on a GPU
+    assert next(stock.text_encoder.parameters()).is_meta
+    attach_encoder(stock, str(file), K)
+    np.testing.assert_array_equal(draw(stock), expected)
 
 
 def test_mistakes_are_said_in_one_line(pipeline, tuned):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rewards.training
+import textcraftor.options
 import train_textcraftor
 from rewards import load_reward
 from textcraftor import precision, processes, training_options
@@ -379,9 +380,14 @@ def test_validation_samples_as_at_test_time(work, command, monkeypatch):
 
 def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "miniature"
     monkeypatch.setattr(training_options, "REPOSITORY", tmp_path)
-    (tmp_path / "miniature").mkdir()
+    monkeypatch.setattr(training_options, "MINIATURE", folder)
+    monkeypatch.setattr(training_options, "MINIATURE_MODEL", str(folder / "stable-diffusion"))
+    monkeypatch.setattr(textcraftor.options, "MINIATURE", folder)
+    folder.mkdir()
     defaults = {"lr_text": 0.5, "grad_steps": 7, "prompts": "miniature/prompts_train.txt", "monitor": ["a.py:f"]}
+    defaults["tune_unconditional"] = "off"
     (tmp_path / "miniature" / "defaults.json").write_text(json.dumps(defaults))
     args = parse_options(["--model", "miniature", "--grad-steps", "3", "--output_path", "x"])
     assert args.model == str(tmp_path / "miniature" / "stable-diffusion")
@@ -390,6 +396,7 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
     assert args.prompts == str(tmp_path / "miniature" / "prompts_train.txt")
     assert args.monitor == [str(tmp_path / "a.py:f")]
     assert parse_options(["--model", "miniature", "--monitor", "clip"]).monitor == ["clip"]
+    assert args.tune_unconditional == "off"
 
 
 # Wrong input
@@ -398,6 +405,9 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, problem",
     [
+        ([""], "unrecognized arguments"),
+        (["--text_path", "a.pth", "--lora_rank", "4"], "would hold only what it adds"),
+        (["--bank", "b", "--grad_steps", "3"], "of 3 steps all are tuned"),
         (["--grad_steps", "4"], "grad_steps <= step"),
         (["--grad_steps", "0"], "--grad_steps 0"),
         (["--batch-size", "0"], "--batch_size 0"),
@@ -667,6 +677,7 @@ def start_on_cpu(self, *arguments, fsdp_plugin=None, **options):
 AcceleratorState.__init__ = start_on_cpu
 sys.path.insert(0, sys.argv.pop(1))
 import rewards.training
+import textcraftor.options
 import train_textcraftor
 train_textcraftor.run_program(train_textcraftor.main)
 """

@@ -9,6 +9,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from test_train import command, train, work  # noqa: F401
 
+import export
+import merge
+from figures import mix
 from textcraftor.benchmark.images import generate, load_pipeline
 from textcraftor.benchmark.options import parse_options as parse_test_options
 from textcraftor.benchmark.prompt_lists import PARTI
@@ -43,11 +46,19 @@ def test_a_run_says_how_it_sampled_and_later_programs_follow(work, command):  # 
             assert json.loads(file.metadata()["textcraftor"]) == recorded_settings(path)
         test = parse_test_options(PARTI, "", ["--text_path", path, "--output_path", "x"])
         assert (test.step, test.grad_steps, test.guidance, test.tune_unconditional) == (3, 3, 4.0, "off")
+        test = parse_test_options(PARTI, "", ["--text_path", path, "--tune_unconditional", ""])
+        assert test.tune_unconditional == "off"
         test = parse_test_options(PARTI, "", ["--text_path", path, "--guidance=2", "--tune-unconditional", "on"])
         assert (test.step, test.guidance, test.tune_unconditional) == (3, 2, "on")
     second = ["--text_path", "full/tc_text.safetensors", "--lr_text", "0", "--lr_unet", "1e-6", "--output-path", "y"]
     assert parse_options(second).tune_unconditional == "off"
     assert parse_options(["--output-path", "y"]).tune_unconditional == "on"
+    # A flag, then what the weights say, then the model's default.
+    train(*run, "--tune_unconditional", "on", "--output-path", "on")
+    go_on = ["--model", "miniature", "--text_path", "on/tc_text.safetensors", "--output-path", "y"]
+    assert parse_options(go_on).tune_unconditional == "on"
+    assert parse_options([*go_on, "--tune_unconditional", "off"]).tune_unconditional == "off"
+    assert parse_options([*go_on, "--text_path", ""]).tune_unconditional == "off"
 
 
 def test_files_that_say_nothing_or_different_things(files, tmp_path):
@@ -76,3 +87,18 @@ def test_test_programs_and_pipelines_make_the_same_image(stable_diffusion, files
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
         images[how] = ours
     assert (images["on"] - images["off"]).abs().max() > 1e-3
+
+
+def test_merged_and_exported_files_say_it_too(stable_diffusion, files, tmp_path):
+    merged = tmp_path / "merged.safetensors"
+    base = ["--base", str(stable_diffusion)]
+    merge.main([f"{files['off']}=0.5", *base, "-o", str(merged)])
+    assert recorded_settings(merged) == recorded_settings(files["off"])
+    with pytest.raises(UserError, match="trained for --tune_unconditional on, .*; merge encoders that"):
+        merge.main([f"{files['on']}=0.5", f"{files['off']}=0.5", *base, "-o", str(tmp_path / "x.safetensors")])
+    with pytest.raises(UserError, match="use encoders that agree"):
+        mix.main(["--model", str(stable_diffusion), "--text_path", files["on"], "--text_path", files["off"]])
+    for form in ("clip_l", "lora", "lora_kohya", "checkpoint", "text_encoder", "diffusers"):
+        output = tmp_path / (form if form in ("text_encoder", "diffusers") else f"{form}.safetensors")
+        export.main(["--model", str(stable_diffusion), "--text_path", files["off"], "--form", form, "-o", str(output)])
+        assert recorded_settings(output) == recorded_settings(files["off"])

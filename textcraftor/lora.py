@@ -43,23 +43,22 @@ def add_lora(network: nn.Module, part: str, rank: int, alpha: float, seed: int) 
 
 def save_lora(network: nn.Module, part: str, path: Path | str, metadata: dict[str, str]) -> None:
     """Write the LoRA that add_lora added in kohya's format, fp32: A1111, ComfyUI and diffusers read it."""
-    factors = trained_factors(network)
+    factors = trained_factors(network, part)
     (rank, alpha) = next((len(down), scale * len(down)) for down, _, scale in factors.values())
     save_tensors(kohya_lora(part, factors), path, metadata | kohya_metadata(rank, alpha))
 
 
 def save_diffusers_lora(network: nn.Module, part: str, path: Path | str, metadata: dict[str, str]) -> None:
     """Write the LoRA that add_lora added in diffusers' format, fp32."""
-    save_tensors(diffusers_lora(part, trained_factors(network)), path, metadata)
+    save_tensors(diffusers_lora(part, trained_factors(network, part)), path, metadata)
 
 
-def trained_factors(network: nn.Module) -> dict[str, Factors]:
-    """The LoRA that add_lora added, by layer under public names."""
+def trained_factors(network: nn.Module, part: str) -> dict[str, Factors]:
+    """The LoRA that add_lora added, by layer under public names; part: "text_encoder" or "unet"."""
     scales = {name: module.scaling[ADAPTER] for name, module in network.named_modules() if hasattr(module, "lora_A")}
-    is_text_encoder = any(name.endswith("token_embedding") for name, _ in network.named_modules())
     factors = {}
     for name, (down, up) in _adapters(network).items():
-        public = f"text_model.{name.removeprefix('text_model.')}" if is_text_encoder else name
+        public = f"text_model.{name.removeprefix('text_model.')}" if part == "text_encoder" else name
         factors[public] = Factors(down.weight, up.weight, scales[name])
     return factors
 
@@ -69,7 +68,7 @@ def load_lora(network: nn.Module, part: str, path: Path | str) -> None:
 
     Raises UserError if layers, rank or alpha differ, and for NaN or infinity.
     """
-    saved, own = read_weights(path), kohya_lora(part, trained_factors(network))
+    saved, own = read_weights(path), kohya_lora(part, trained_factors(network, part))
     check_fit(
         path,
         "LoRA",

@@ -74,7 +74,7 @@ def check_lora(states: list[State], part: str, path: Path | str) -> None:
         raise UserError(f"{path}: is a LoRA of Stable Diffusion XL; expected one of a Stable Diffusion v1")
     if not any(name.startswith((KOHYA_PREFIX[part], f"{part}.")) for name in names):
         network, option = ("text encoder", "--unet_path") if part == "text_encoder" else ("UNet", "--text_path")
-        raise UserError(f"{path}: is a LoRA that does not change the {network}; give it to {option}")
+        raise UserError(f"{path}: is a LoRA that does not change the {network}; the test programs take it as {option}")
 
 
 def with_lora(
