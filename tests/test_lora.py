@@ -155,7 +155,7 @@ def test_loras_that_do_not_fit_are_one_line(networks, tmp_path):
     half = {"lora_te_text_model_encoder_layers_1_mlp_fc2.lora_down.weight": torch.ones(2, 64)}
     cases = {
         "of Stable Diffusion XL": {"lora_te1_text_model_encoder_layers_1_mlp_fc2.lora_down.weight": torch.ones(2, 64)},
-        "does not change the text encoder; give it to --unet_path": {
+        "does not change the text encoder; the test programs take it as --unet_path": {
             f"unet.{UNET_LAYER}.lora_A.weight": torch.ones(1, 1),
             f"unet.{UNET_LAYER}.lora_B.weight": torch.ones(1, 1),
         },
