@@ -1,7 +1,7 @@
 """Runs of the miniature, each trained once and measured once, whichever experiments need it.
 
 They lie in output_experiments/. Stop an experiment and start it again, and it goes on where it was. All compute in fp32
-and share a trajectory bank (textcraftor/bank.py), which changes no bit of the weights.
+and share a trajectory bank (textcraftor/bank.py).
 """
 
 import functools

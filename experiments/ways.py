@@ -15,7 +15,6 @@ WAYS = {
     "last_k, K = 1-5": ("--grad_steps", "1-5"),
     "last_k, K = 5, used 4 times": ("--reuse", "4"),
     "drtune, 3 of the last 15": ("--gradient", "drtune", "--grad_steps", "3"),
-    "refl, last 15": (*REFL, "--bank", ""),  # 15 entries for each prompt, of which a run needs one
     "refl, last 5": (*REFL, "--driven", "5"),
     "refl, last 5, used 4 times": (*REFL, "--driven", "5", "--reuse", "4"),
     "refl, last 5, used 10 times": (*REFL, "--driven", "5", "--reuse", "10"),

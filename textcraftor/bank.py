@@ -60,7 +60,8 @@ def open_bank(folder, model, scheduler, guidance: float, stops: tuple[int, ...],
     """The bank in `folder` for these settings; each combination of them has a folder of its own inside.
 
     model: a models.Model as it is used; dtype: of the entries. In fp16 one takes 32 kB for 512 x 512 pixels; in fp32
-    twice as much, and no bit of the results changes.
+    twice as much, and no bit of the results changes as long as entries are computed in a run's own batches: in others,
+    such as those of --fill, a matrix product may round otherwise.
     """
     settings = {
         "original text encoder": weights_hash(model.text_encoder),
