@@ -2,6 +2,7 @@
 
 import importlib.util
 import secrets
+from pathlib import Path
 
 from rewards import REWARDS
 from textcraftor.errors import UserError
@@ -56,7 +57,7 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--bank",             "",                        "folder that keeps first steps, for all runs to use"),
-    ("--reuse",            1,                         "--bank: how often to train on each image it begins"),
+    ("--reuse",            1,                         "train so often on each image's first steps, from a bank"),
     ("--fill",             False,                     "only compute the --bank of the whole run, then stop"),
     ("--tune_unconditional", ("", "on", "off"),       "tune the empty prompt, too (SD v1.5: on; miniature: off)"),
     ("--t_min",            0,                         "--method direct: least noise, as a time step"),
@@ -160,22 +161,12 @@ def check_options(args):
             f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
             f"{'' if name == 'step' else 'driven <= '}step <= 1000, since the steps with gradient are among the last"
         )
-    if args.bank and (args.lr_unet or args.method == "direct"):
-        why = "--lr_unet trains the UNet, which changes the first steps" if args.lr_unet else "--method direct has none"
-        raise UserError(f"--bank keeps the first sampling steps, and {why}; leave it out")
-    if (
-        args.bank
-        and args.gradient != "refl"
-        and args.step == (args.grad_range[1] if args.gradient == "last_k" else args.driven)
-    ):
-        raise UserError(
-            f"--bank keeps the steps before the tuned ones, and of {args.step} steps all are tuned; leave it out"
-        )
-    if (args.fill or args.reuse > 1) and not args.bank:
-        option = "fill" if args.fill else f"reuse {args.reuse}"
-        raise UserError(f"--{option} needs a folder to keep the first sampling steps in; add --bank FOLDER")
+    if args.fill and not args.bank:
+        raise UserError("--fill needs a folder to keep the first sampling steps in; add --bank FOLDER")
+    if args.reuse > 1 and not args.bank:
+        args.bank = str(Path(args.output_path) / "bank")
     if args.bank:
-        check_writable(args.bank, "--bank")
+        check_bank(args)
     if args.lora_alpha and not args.lora_rank:
         raise UserError(f"--lora_alpha {args.lora_alpha} scales a LoRA; set its rank as well, such as --lora_rank 16")
     if args.lora_rank and args.lr_text and args.text_path:
@@ -192,6 +183,19 @@ def check_options(args):
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     if not args.fill:  # which writes nothing there
         check_folder(args.output_path, args.resume)
+
+
+def check_bank(args):
+    """Raise UserError if this run has no first steps to keep, or cannot keep them."""
+    first_tuned = args.step - (args.grad_range[1] if args.gradient == "last_k" else args.driven)
+    why = {
+        bool(args.lr_unet): "--lr_unet trains the UNet, which changes them",
+        args.method == "direct": "--method direct has none",
+        not first_tuned and args.gradient != "refl": f"of {args.step} steps all are tuned",
+    }.get(True)
+    if why:
+        raise UserError(f"--bank and --reuse keep the first sampling steps, and {why}; leave them out")
+    check_writable(args.bank, "--bank")
 
 
 def tested_steps(args):
