@@ -2,8 +2,8 @@
 
     python -m experiments.over_optimisation      trains four runs, then draws experiments/over_optimisation.png
 
-Total, judge and diversity of held-out prompts over the updates, one seed. Total is that of the default weights in every
-run, the CLIP term's too where it was not trained on. Diversity is the mean distance (root mean square over pixels)
+Total, judge and diversity of held-out prompts over the updates, one seed. Total has the released script's weights in
+every run, with CLIP and without, whatever was trained on. Diversity is the mean distance (root mean square over pixels)
 between the pictures of one prompt from four noises, relative to the base's.
 """
 
@@ -12,7 +12,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from experiments.runs import EVERY, UPDATES, diversity, header, means, measure, train
+from rewards import REWARDS
 
+CLIP_SCALE = 100  # as rewards/clip.py has it
 LONGER = 5 * UPDATES
 MEASURED = (EVERY, UPDATES, 80, 120, 160, LONGER)
 RUNS = {
@@ -21,7 +23,10 @@ RUNS = {
     "learning rate × 5": ("lr_5e-4", "--lr_text", "5e-4"),
     "learning rate × 5, without CLIP": ("lr_5e-4_no_clip", "--lr_text", "5e-4", "--clip", "0"),
 }
-SCORES = ("total", "right", "clean", "right_and_clean", "diversity")
+TITLES = {
+    "total": "total reward", "without_clip": "total without its CLIP term", "diversity": "diversity (base = 1)",
+    "right": "judge: right (%)", "clean": "judge: clean (%)", "right_and_clean": "judge: both (%)",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -32,28 +37,30 @@ def main() -> None:
             train(folder, *flags, updates=LONGER)
             looks[name][updates] = look(train(folder, *flags, updates=updates))
     draw(looks, Path("experiments/over_optimisation.png"))
-    print(header("run", "updates", scores=SCORES))
+    print(header("run", "updates", scores=TITLES))
     for name, run in looks.items():
         for updates in (0, UPDATES, LONGER):
-            print(means(name, str(updates), look=run[updates], scores=SCORES))
+            print(means(name, str(updates), look=run[updates], scores=TITLES))
 
 
 def look(weights: Path | None) -> dict:
     """Scores of held-out prompts and the diversity of some of them, as a share of the base's."""
-    here, base = diversity(weights)["diversity"], diversity()["diversity"]
-    return measure(weights) | {"diversity": here / base.mean()}
+    scores, here, base = measure(weights), diversity(weights)["diversity"], diversity()["diversity"]
+    weight, _ = REWARDS["clip"]
+    without = scores["total"] - CLIP_SCALE * weight * scores["clip"]
+    return scores | {"without_clip": without, "diversity": here / base.mean()}
 
 
 def draw(looks: dict, to: Path) -> None:
     """One panel a score, one line a run."""
-    figure, panels = plt.subplots(1, len(SCORES), figsize=(4 * len(SCORES), 3.6), layout="constrained")
-    titles = {"total": "total reward", "diversity": "diversity (base = 1)", "right_and_clean": "judge: both (%)"}
-    for panel, score in zip(panels, SCORES, strict=True):
-        scale = 1 if score in ("total", "diversity") else 100
+    figure, panels = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+    for panel, (score, title) in zip(panels.flat, TITLES.items(), strict=True):
+        scale = 100 if "%" in title else 1
         for name, run in looks.items():
             panel.plot(list(run), [scale * scores[score].mean() for scores in run.values()], marker=".", label=name)
-        panel.set(xlabel="updates", title=titles.get(score, f"judge: {score} (%)"))
-    panels[0].legend(fontsize=8)
+        panel.set(xlabel="updates", title=title)
+        panel.grid(alpha=0.25)
+    panels[0][0].legend(fontsize=8)
     figure.savefig(to, dpi=90)
 
 

@@ -43,7 +43,8 @@ SCORES = ("total", "clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", 
 COLUMNS = {
     "total": ("total", 1, ".2f"), "clip": ("CLIP", 1, ".4f"), "aesthetic": ("aesthetic", 1, ".3f"),
     "pickscore": ("PickScore", 1, ".3f"), "hpsv2": ("HPS v2", 1, ".4f"), "right": ("right", 100, ".1f"),
-    "clean": ("clean", 100, ".1f"), "right_and_clean": ("both", 100, ".1f"), "diversity": ("diversity", 1, ".4f"),
+    "clean": ("clean", 100, ".1f"), "right_and_clean": ("both", 100, ".1f"), "diversity": ("diversity", 1, ".2f"),
+    "without_clip": ("total without CLIP", 1, ".2f"),
 }  # fmt: skip
 
 
@@ -120,12 +121,12 @@ def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
                 total = sum(count(step) for step in range(1, updates + 1)) / updates
         return {"flops": torch.tensor(total, dtype=torch.float64)}
 
-    return kept(["flops", reuse, updates, flags, *weights_key()], compute)["flops"].item()
+    return kept(["flops", reuse, updates, flags, file_hash(HERE / "defaults.json")], compute)["flops"].item()
 
 
 def weights_key(*paths: Path | None) -> list[str | None]:
-    """What tells weights apart, and one miniature with its defaults from the next."""
-    return [path and file_hash(path) for path in (HERE / "build.json", HERE / "defaults.json", *paths)]
+    """What tells weights apart, and one miniature and its guidance from the next."""
+    return [DEFAULTS["guidance"], *(path and file_hash(path) for path in (HERE / "build.json", *paths))]
 
 
 def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
