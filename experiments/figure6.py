@@ -25,8 +25,8 @@ def main() -> None:
     shown = {"original": None}
     print(header("trained on", "updates", scores=SCORES))
     print(means("original", "", look=look(None), scores=SCORES))
-    for name, flags in ALONE.items():
-        for clip, more in (("_clip", ()), ("_no_clip", NO_CLIP)):
+    for clip, more in (("_no_clip", NO_CLIP), ("_clip", ())):
+        for name, flags in ALONE.items():
             label = f"{name} {'without' if more else 'with'} CLIP"
             for updates in (UPDATES, LONGER):
                 weights = train(name.replace(" ", "") + clip, *flags, *more, updates=updates)
