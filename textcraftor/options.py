@@ -70,6 +70,15 @@ def make_parser(description, options):
     return parser
 
 
+def given_options(parser, argv, names) -> set[str]:
+    """Those of the options `names` that are on the command line, and not empty."""
+    defaults = {name: parser.get_default(name) for name in names}
+    parser.set_defaults(**dict.fromkeys(names))
+    args = parser.parse_args(argv)
+    parser.set_defaults(**defaults)
+    return {name for name in names if getattr(args, name) not in (None, "")}
+
+
 def miniature_defaults() -> dict:
     """The miniature's own defaults of the training script's options."""
     return json.loads((MINIATURE / "defaults.json").read_text())

@@ -12,6 +12,7 @@ from textcraftor.options import (
     MINIATURE_MODEL,
     REPOSITORY,
     TEST_TUNED_STEPS,
+    given_options,
     make_parser,
     miniature_defaults,
     require,
@@ -84,6 +85,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
 )
 # fmt: on
 
+WAY = ("gradient", "grad_steps", "driven", "reuse")  # where the gradient goes
+
 # Options that may change on --resume. Files are compared by content (run_folder.Record.resume), not by path.
 FREE_ON_RESUME = {
     "resume", "output_path", "weights", "model", "text_path", "prompts", "val_prompts", "images", "reward", "monitor",
@@ -96,8 +99,9 @@ FREE_ON_RESUME = {
 def parse_options(argv=None):
     """Parse and check the command line -> options, including `weighted` {reward: weight} and `monitored` [reward].
 
-    `--model miniature` sets the miniature's own defaults; explicit flags override them. Raises UserError (one line) for
-    invalid options.
+    `--model miniature` sets the miniature's own defaults; explicit flags override them. Those of WAY belong together:
+    --gradient, --grad_steps and what they cannot be used for bring back SD v1.5's defaults of all. Raises UserError (one
+    line) for invalid options.
     """
     parser = make_parser(
         "TextCraftor: fine-tune the text encoder of Stable Diffusion with differentiable rewards.", OPTIONS
@@ -106,6 +110,8 @@ def parse_options(argv=None):
     if args.model == "miniature":
         defaults = miniature_defaults()
         tune_unconditional = defaults.pop("tune_unconditional")
+        if given_options(parser, argv, WAY[:2]) or args.lr_unet or args.method == "direct":
+            defaults = {name: value for name, value in defaults.items() if name not in WAY}
         for name in {"prompts", "val_prompts"} & defaults.keys():
             defaults[name] = str(REPOSITORY / defaults[name])
         defaults["monitor"] = [] if args.monitor else [str(REPOSITORY / spec) for spec in defaults.get("monitor", [])]

@@ -15,6 +15,7 @@ from textcraftor.options import (
     TEST_SEED,
     TEST_TUNED_STEPS,
     check_tuned_steps,
+    given_options,
     make_parser,
     miniature_defaults,
     require,
@@ -79,7 +80,7 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args.encoders = encoders
     default_output = f"tests/{run_name(args, benchmark.name, parser.get_default)}"
     fetch, extender, miniature = not args.prompts, EXTENDER, args.model == "miniature"
-    given = given_options(parser, argv)
+    given = given_options(parser, argv, TESTED)
     if miniature:
         guidance, prompts = miniature_defaults()["guidance"], str(MINIATURE / "benchmarks" / benchmark.prompts)
         parser.set_defaults(weights=str(MINIATURE), prompts=prompts, guidance=guidance, batch_size=16)
@@ -95,15 +96,6 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     args.output_path = args.output_path or args.score_only or default_output
     check_options(args)
     return args
-
-
-def given_options(parser, argv):
-    """Those of the options TESTED that are on the command line."""
-    defaults = {name: parser.get_default(name) for name in TESTED}
-    parser.set_defaults(**dict.fromkeys(TESTED))
-    args = parser.parse_args(argv)
-    parser.set_defaults(**defaults)
-    return {name for name in TESTED if getattr(args, name) not in (None, "")}
 
 
 def parse_encoders(specs: list[str]) -> list[Weighted]:
