@@ -100,8 +100,8 @@ def parse_options(argv=None):
     """Parse and check the command line -> options, including `weighted` {reward: weight} and `monitored` [reward].
 
     `--model miniature` sets the miniature's own defaults; explicit flags override them. Those of WAY belong together:
-    --gradient, --grad_steps and what they cannot be used for bring back SD v1.5's defaults of all. Raises UserError (one
-    line) for invalid options.
+    --gradient, --grad_steps and what they cannot be used for bring back SD v1.5's defaults of all. Raises UserError
+    (one line) for invalid options.
     """
     parser = make_parser(
         "TextCraftor: fine-tune the text encoder of Stable Diffusion with differentiable rewards.", OPTIONS

@@ -87,6 +87,7 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
     # What the weights were trained for comes before these defaults, and flags come before both.
     parser.set_defaults(**{"tune_unconditional": "on"} | shared_settings([path for path, _ in encoders], given))
     args = parser.parse_args(argv)
+    args.tune_unconditional = args.tune_unconditional or parser.get_default("tune_unconditional")
     args.fetch = fetch
     if miniature:
         args.model, args.fetch, extender = MINIATURE_MODEL, False, str(MINIATURE / "extender")
