@@ -7,9 +7,8 @@ The picture has the first held-out prompts as each run draws them, from the same
 
 from pathlib import Path
 
-import numpy as np
+import matplotlib.pyplot as plt
 import torch
-from PIL import Image
 
 from experiments.over_optimisation import LONGER, look
 from experiments.runs import UPDATES, evaluation, header, means, train
@@ -18,7 +17,7 @@ from textcraftor.sampling import to_uint8
 
 NO_CLIP = ("--clip", "0")
 SCORES = ("clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean", "diversity")
-SHOWN, ENLARGED = 8, 2  # prompts; whole factor
+SHOWN = 8  # prompts
 
 
 def main() -> None:
@@ -39,10 +38,15 @@ def draw(shown: dict[str, Path | None], to: Path) -> None:
     """One row of pictures for each run."""
     prompts, indices = evaluation().prompts[:SHOWN], range(SHOWN)
     rows = [evaluation().sampler(tuned=path and str(path))(prompts, indices) for path in shown.values()]
-    pixels = to_uint8(torch.stack(rows)).permute(0, 3, 1, 4, 2)  # run, y, prompt, x, colour
-    runs, height, count, width, _ = pixels.shape
-    page = Image.fromarray(np.asarray(pixels).reshape(runs * height, count * width, 3))
-    page.resize((ENLARGED * page.width, ENLARGED * page.height), Image.Resampling.LANCZOS).save(to)
+    page = torch.cat([torch.cat([*row], dim=2) for row in to_uint8(torch.stack(rows))], dim=1).permute(1, 2, 0)
+    height = rows[0].shape[2]
+    figure, panel = plt.subplots(figsize=(11, 1.25 * len(shown)), layout="constrained")
+    panel.imshow(page, interpolation="lanczos")
+    panel.set_yticks([height * (number + 0.5) for number in range(len(shown))], list(shown), fontsize=11)
+    panel.set_xticks([])
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    figure.savefig(to, dpi=90)
 
 
 if __name__ == "__main__":
