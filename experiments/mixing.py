@@ -6,12 +6,12 @@ The corners are the original encoder (top left) and those tuned for the aestheti
 them, a picture has the weights (1 - x)(1 - y), x(1 - y), (1 - x)y and xy. The prompts are the first held-out ones.
 """
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-from experiments.over_optimisation import LONGER
 from experiments.runs import evaluation, train
 from experiments.table1 import ALONE
 from textcraftor.mixing import Weighted
@@ -26,7 +26,7 @@ PROMPTS, ALONG = 3, 5  # prompts, and pictures along each axis
 @torch.inference_mode()
 def main() -> None:
     evaluate = evaluation()
-    paths = [train(f"{name.replace(' ', '')}_clip", *flags, updates=LONGER) for name, flags in ALONE.items()]
+    paths = [train(f"{name.replace(' ', '')}_clip", *flags) for name, flags in ALONE.items()]
     encoders = [evaluate.encoder(str(path)) for path in paths]
     scheduler = make_scheduler(evaluate.model.scheduler_config, TEST_STEPS)
     noise = validation_noise(range(PROMPTS), latent_shape(evaluate.model))
@@ -46,17 +46,15 @@ def main() -> None:
 
 def draw(pages: torch.Tensor, prompts: list[str], to: Path) -> None:
     """pages: (N, height, width, 3), the pictures of one prompt each."""
-    figure, panels = plt.subplots(1, len(pages), figsize=(5 * len(pages), 5.4), layout="constrained")
-    last = pages.shape[1] - 1
+    figure, panels = plt.subplots(1, len(pages), figsize=(5 * len(pages), 6), layout="constrained")
+    corners = {"original": (0, 1.01), "aesthetic": (1, 1.01), "PickScore": (0, -0.01), "HPS v2": (1, -0.01)}
     for panel, page, prompt in zip(panels, pages, prompts, strict=True):
         panel.imshow(page, interpolation="lanczos")
-        panel.set_title(prompt, fontsize=9)
-        panel.set_xticks([0, last], ["original", "aesthetic"], ha="center")
-        panel.set_yticks([0, last], ["original", "PickScore"], rotation=90, va="center")
-        panel.annotate("HPS v2", (1, 0), (0, -6), xycoords="axes fraction", textcoords="offset points", va="top")
-        panel.xaxis.tick_top()
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
+        panel.set_title(textwrap.fill(prompt, 48), fontsize=11, pad=24)
+        panel.set_axis_off()
+        for name, (x, y) in corners.items():
+            sides = {"ha": "right" if x else "left", "va": "bottom" if y > 0 else "top"}
+            panel.text(x, y, name, transform=panel.transAxes, fontsize=12, **sides)
     figure.savefig(to, dpi=90)
 
 

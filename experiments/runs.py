@@ -15,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import load_file
 
@@ -25,6 +26,7 @@ from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
 from textcraftor.options import miniature_defaults
 from textcraftor.prompts import read_prompts
+from textcraftor.sampling import to_uint8
 from textcraftor.statistics import paired_interval
 from textcraftor.training_options import parse_options
 from textcraftor.weights import save_tensors
@@ -36,6 +38,7 @@ DEFAULTS = miniature_defaults()
 UPDATES = DEFAULTS["max_steps"]
 SEEDS = (0, 1, 2)
 PROMPTS = 96  # the first of the held-out prompts
+SHOWN = 8  # of them in pictures
 EVERY = 20  # updates between checkpoints
 DIVERSITY = 16, 4  # prompts, noises of each
 SCORES = ("total", "clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean")
@@ -164,6 +167,21 @@ def changes(*cells: str, look: dict, before: dict, scores: Sequence[str] = SCORE
             *(scale * value for value in paired_interval(before[name], look[name])), f=form
         ))  # fmt: skip
     return row(*cells, *written)
+
+
+def draw(shown: dict[str, dict], to: Path) -> None:
+    """One row of pictures of the first held-out prompts for each {label: options of Evaluation.sampler}."""
+    prompts = evaluation().prompts[:SHOWN]
+    rows = [evaluation().sampler(**options)(prompts, range(SHOWN)) for options in shown.values()]
+    page = torch.cat([torch.cat([*row], dim=2) for row in to_uint8(torch.stack(rows))], dim=1).permute(1, 2, 0)
+    height = rows[0].shape[2]
+    figure, panel = plt.subplots(figsize=(11, 1.25 * len(shown)), layout="constrained")
+    panel.imshow(page, interpolation="lanczos")
+    panel.set_yticks([height * (number + 0.5) for number in range(len(shown))], list(shown), fontsize=11)
+    panel.set_xticks([])
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    figure.savefig(to, dpi=90)
 
 
 def row(*cells: str) -> str:

@@ -2,19 +2,20 @@
 
     python -m experiments.table1
 
-Prints mean scores and the judge's rates on held-out prompts, then their changes with paired 95 % intervals, after as
-many updates as the default run has; and after as many FLOPs in the rows whose updates cost more or less. Needs the font
-Noto Color Emoji, to draw pictures for direct fine-tuning: of 2,000 that the world makes, the half with the higher
-aesthetic score, as the paper takes pictures above 5.
+Draws experiments/table1.png, and prints mean scores and the judge's rates on held-out prompts, then their changes with
+paired 95 % intervals: after as many updates as the default run has, and after as many FLOPs in the rows whose updates
+cost more or less. Needs the font Noto Color Emoji, to draw pictures for direct fine-tuning: of 2,000 that the world
+makes, the half with the higher aesthetic score, as the paper takes pictures above 5.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from experiments.runs import FOLDER, UPDATES, changes, flops, header, mean, means, measure, train
+from experiments.runs import FOLDER, UPDATES, changes, draw, flops, header, mean, means, measure, train
 from miniature import world
 from miniature.measure import HERE, WORDS
 from rewards import load_reward
@@ -67,6 +68,12 @@ def main() -> None:
     print(header("change"))
     for name, looks in rows.items():
         print(changes(name, look=mean(looks), before=base))
+    tuned = {"tuned": str(train("default"))}
+    second = {"unet": str(train("text_then_unet", *UNET, "--text_path", tuned["tuned"], part="tc_unet"))}
+    alone = {"unet": str(train("unet", *UNET, part="tc_unet"))}
+    draw(
+        {"original": {}, "text": tuned, "UNet": alone, "text then UNet": tuned | second}, Path("experiments/table1.png")
+    )
 
 
 def pictures():

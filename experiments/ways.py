@@ -9,6 +9,7 @@ updates as the default run has, and after as many FLOPs.
 
 from experiments.runs import SEEDS, UPDATES, changes, flops, header, mean, measure, row, train
 
+NEAR = 0.15  # costs that differ by less count as equal
 REFL = ("--gradient", "refl", "--grad_steps", "1")
 WAYS = {
     "last_k, K = 5": (),
@@ -18,7 +19,6 @@ WAYS = {
     "refl, last 5": (*REFL, "--driven", "5"),
     "refl, last 5, used 4 times": (*REFL, "--driven", "5", "--reuse", "4"),
     "refl, last 5, used 10 times": (*REFL, "--driven", "5", "--reuse", "10"),
-    "refl, last 5, empty prompt tuned": (*REFL, "--driven", "5", "--tune_unconditional", "on"),
 }
 
 
@@ -44,17 +44,24 @@ def cost(way: str) -> float:
 def main() -> None:
     base, costs = measure(), {way: cost(way) for way in WAYS}
     equal = {way: round(UPDATES * costs["last_k, K = 5"] / costs[way]) for way in WAYS}
+    equal |= {way: UPDATES for way in WAYS if abs(equal[way] / UPDATES - 1) < NEAR}
     print(header("way", "GFLOP", "of the default's", "updates for the same", scores=()))
     for way in WAYS:
         print(row(way, f"{costs[way] / 1e9:.1f}", f"{costs[way] / costs['last_k, K = 5']:.2f}", str(equal[way])))
     for way in WAYS:  # a run goes on, so its earlier weights come first
         for updates in sorted({UPDATES, equal[way]}):
             trained(way, updates)
+    chain = look("last_k, K = 5", UPDATES)
     for title, updates in (("equal updates", dict.fromkeys(WAYS, UPDATES)), ("equal FLOPs", equal)):
-        print(f"\n{title}\n{header('way', 'updates')}", flush=True)
-        for way in WAYS:
-            look = mean([measure(weights) for weights in trained(way, updates[way])])
-            print(changes(way, str(updates[way]), look=look, before=base), flush=True)
+        for against, before in (("the base", base), ("the default", chain)):
+            print(f"\n{title}, change from {against}\n{header('way', 'updates')}", flush=True)
+            for way in WAYS:
+                print(changes(way, str(updates[way]), look=look(way, updates[way]), before=before), flush=True)
+
+
+def look(way: str, updates: int) -> dict:
+    """Scores of a way's runs after so many updates, averaged over the seeds."""
+    return mean([measure(weights) for weights in trained(way, updates)])
 
 
 if __name__ == "__main__":
