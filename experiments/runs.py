@@ -181,7 +181,7 @@ def draw(shown: dict[str, dict], to: Path) -> None:
     panel.set_xticks([])
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    figure.savefig(to, dpi=90)
+    figure.savefig(to, dpi=90, bbox_inches="tight")
 
 
 def row(*cells: str) -> str:
