@@ -2,8 +2,9 @@
 
     python -m experiments.mixing      draws experiments/mixing.png
 
-The corners are the original encoder (top left) and those tuned for the aesthetic score, PickScore and HPS v2; between
-them, a picture has the weights (1 - x)(1 - y), x(1 - y), (1 - x)y and xy. The prompts are the first held-out ones.
+The corners are the original encoder (top left) and those tuned for the aesthetic score, PickScore and HPS v2 alone,
+without the CLIP term; between them, a picture has the weights (1 - x)(1 - y), x(1 - y), (1 - x)y and xy. The prompts
+are the first held-out ones.
 """
 
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from experiments.figure6 import NO_CLIP
 from experiments.runs import evaluation, train
 from experiments.table1 import ALONE
 from textcraftor.mixing import Weighted
@@ -26,7 +28,8 @@ PROMPTS, ALONG = 3, 5  # prompts, and pictures along each axis
 @torch.inference_mode()
 def main() -> None:
     evaluate = evaluation()
-    paths = [train(f"{name.replace(' ', '')}_clip", *flags) for name, flags in ALONE.items()]
+    runs = {f"{name.replace(' ', '')}_no_clip": (*flags, *NO_CLIP) for name, flags in ALONE.items()}
+    paths = [train(name, *flags) for name, flags in runs.items()]
     encoders = [evaluate.encoder(str(path)) for path in paths]
     scheduler = make_scheduler(evaluate.model.scheduler_config, TEST_STEPS)
     noise = validation_noise(range(PROMPTS), latent_shape(evaluate.model))
@@ -55,7 +58,7 @@ def draw(pages: torch.Tensor, prompts: list[str], to: Path) -> None:
         for name, (x, y) in corners.items():
             sides = {"ha": "right" if x else "left", "va": "bottom" if y > 0 else "top"}
             panel.text(x, y, name, transform=panel.transAxes, fontsize=12, **sides)
-    figure.savefig(to, dpi=90)
+    figure.savefig(to, dpi=90, bbox_inches="tight")
 
 
 if __name__ == "__main__":
