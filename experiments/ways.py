@@ -7,8 +7,13 @@ of every score over the base on held-out prompts, averaged over the seeds, with 
 updates as the default run has, and after as many FLOPs.
 """
 
-from experiments.runs import SEEDS, UPDATES, changes, flops, header, mean, measure, row, train
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+
+from experiments.runs import DEFAULTS, SEEDS, UPDATES, changes, flops, header, mean, measure, row, train
+
+IMAGES = DEFAULTS["batch_size"]  # of an update
 NEAR = 0.15  # costs that differ by less count as equal
 REFL = ("--gradient", "refl", "--grad_steps", "1")
 WAYS = {
@@ -51,6 +56,7 @@ def main() -> None:
     for way in WAYS:  # a run goes on, so its earlier weights come first
         for updates in sorted({UPDATES, equal[way]}):
             trained(way, updates)
+    draw(base, costs, equal, Path("experiments/ways.png"))
     chain = look("last_k, K = 5", UPDATES)
     for title, updates in (("equal updates", dict.fromkeys(WAYS, UPDATES)), ("equal FLOPs", equal)):
         for against, before in (("the base", base), ("the default", chain)):
@@ -62,6 +68,23 @@ def main() -> None:
 def look(way: str, updates: int) -> dict:
     """Scores of a way's runs after so many updates, averaged over the seeds."""
     return mean([measure(weights) for weights in trained(way, updates)])
+
+
+def draw(base: dict, costs: dict[str, float], equal: dict[str, int], to: Path) -> None:
+    """Total and judge over the FLOPs spent: before, after UPDATES, and after as many FLOPs as the default run's."""
+    figure, panels = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    titles = {"total": "total reward", "right": "judge: right (%)", "clean": "judge: clean (%)"}
+    titles |= {"right_and_clean": "judge: both (%)"}
+    for panel, (score, title) in zip(panels, titles.items(), strict=True):
+        scale = 100 if "%" in title else 1
+        for way in WAYS:
+            points = {0: base} | {updates: look(way, updates) for updates in sorted({UPDATES, equal[way]})}
+            spent = [updates * IMAGES * costs[way] / 1e12 for updates in points]
+            panel.plot(spent, [scale * scores[score].mean() for scores in points.values()], marker="o", label=way)
+        panel.set(xlabel="TFLOP spent in training", title=title)
+        panel.grid(alpha=0.25)
+    panels[0].legend(fontsize=8)
+    figure.savefig(to, dpi=90)
 
 
 if __name__ == "__main__":
