@@ -270,7 +270,11 @@ def test_the_cache_is_reused_until_something_changes(tmp_path, vae, cache, monke
         shard = Path(encode_pictures(vae, read_pairs(folder)[0], *SIZE, progress=False).files[0])
         shard.write_bytes(damage(shard.read_bytes()))
         count, again = new()
-        assert 1 <= count <= 2 and all(map(torch.equal, again, good))
+        assert 1 <= count <= 2
+        for value, wanted in zip(
+            again, good, strict=True
+        ):  # kept in fp16; in another batch fp32's last bits may differ
+            torch.testing.assert_close(value, wanted, rtol=2**-10, atol=1e-5)
     assert new()[0] == 0
 
     # Interrupted after the first shard, the second start goes on from there.
