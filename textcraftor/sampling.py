@@ -59,8 +59,7 @@ def predict_noise(unet, guidance, z, t, conditions, split=False):
     split: the unconditional rows have no gradient. Where z_t and the UNet have none either, the UNet runs on them apart
     and keeps nothing for the backward pass, which costs half as much.
     """
-    frozen = not (z.requires_grad or any(weight.requires_grad for weight in unet.parameters()))
-    if split and frozen and torch.is_grad_enabled():
+    if split and torch.is_grad_enabled() and not (z.requires_grad or any(w.requires_grad for w in unet.parameters())):
         halves = [{name: value.chunk(2)[i] for name, value in conditions.items()} for i in (0, 1)]
         dtype = next(unet.parameters()).dtype
         halves = [{name: value.to(dtype) for name, value in half.items()} for half in halves]
