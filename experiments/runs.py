@@ -24,7 +24,7 @@ from miniature.measure import HERE
 from speed.networks import flop_counter
 from textcraftor.errors import UserError
 from textcraftor.hashes import file_hash
-from textcraftor.options import miniature_defaults
+from textcraftor.options import TEST_TUNED_STEPS, miniature_defaults
 from textcraftor.prompts import read_prompts
 from textcraftor.sampling import to_uint8
 from textcraftor.statistics import paired_interval
@@ -79,14 +79,14 @@ def evaluation() -> Evaluation:
     return Evaluation(read_prompts(str(HERE / "heldout.csv"))[0][:PROMPTS], 0, DEFAULTS["guidance"])
 
 
-def measure(text: Path | None = None, steps: int = 15, unet: Path | None = None, words: str = "") -> dict:
+def measure(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Path | None = None, words: str = "") -> dict:
     """{score: (N,)} of the held-out prompts; text, unet: tuned weights, see Evaluation.sampler for the rest."""
     options = {"tuned": text and str(text), "steps": steps, "unet": unet and str(unet), "words": words}
     key = ["scores", PROMPTS, steps, words, *weights_key(text, unet)]
     return kept(key, lambda: evaluation()(**options)[0])
 
 
-def diversity(text: Path | None = None, steps: int = 15, unet: Path | None = None) -> dict:
+def diversity(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Path | None = None) -> dict:
     """{"diversity": (prompts,)}: mean distance, root mean square over pixels, between pictures of one prompt."""
     prompts, noises = DIVERSITY
 
