@@ -69,7 +69,7 @@ from miniature.world import IMAGE_SIZE, QUALITY_WORDS, random_scene, render, wri
 
 HERE = Path(__file__).parent
 SEED = 0
-PICTURES, DECODED = 48_000, 12_000  # in all, and those kept as the autoencoder gives them back
+PICTURES, DECODED = 48_000, 20_000  # in all, and those kept as the autoencoder gives them back
 LATENTS = (4, 16, 16)
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -80,16 +80,16 @@ NOISE_SCHEDULE = {
 STEPS = {
     "vae": 2_400,
     "clip_L_web": 700,
-    "clip_L": 800,
+    "clip_L": 1_200,
     "clip_g_web": 700,
     "clip_g": 1_300,
     "clip_H_web": 700,
-    "clip_H": 1_300,
+    "clip_H": 1_500,
     "unet": 5_000,
-    "pickscore": 600,
-    "hpsv2": 600,
+    "pickscore": 900,
+    "hpsv2": 900,
     "aesthetic": 4_000,
-    "judge": 5_000,
+    "judge": 5_500,
     "extender": 1_000,
 }
 

@@ -80,13 +80,13 @@ NAMES, COLOURS = list(OBJECTS), list(BACKGROUNDS)
 # have them, and decided in the first 10 steps.
 LOOKS = {"plain": 0.40, "sticker": 0.15, "shadow": 0.15, "dotted": 0.15, "ink": 0.15}
 CONDITIONS = {
-    "clean": 0.24,
-    "grain": 0.14,
-    "blur": 0.14,
-    "blocks": 0.11,
-    "scratches": 0.11,
-    "ghost": 0.09,
-    "ragged": 0.09,
+    "clean": 0.30,
+    "grain": 0.13,
+    "blur": 0.13,
+    "blocks": 0.10,
+    "scratches": 0.10,
+    "ghost": 0.08,
+    "ragged": 0.08,
     "veil": 0.04,
     "crop": 0.04,
 }
