@@ -1,7 +1,7 @@
 """Runs of the miniature, each trained once and measured once, whichever experiments need it.
 
-They lie in output_experiments/. Stop an experiment and start it again, and it goes on where it was. All compute in fp32
-and share a trajectory bank (textcraftor/bank.py).
+They lie in output_experiments/, those of each miniature and its defaults in a folder of their own. Stop an experiment
+and start it again, and it goes on where it was. All compute in fp32 and share a trajectory bank (textcraftor/bank.py).
 """
 
 import functools
@@ -33,8 +33,9 @@ from textcraftor.weights import save_tensors
 from train_textcraftor import check_inputs, set_up, train_step
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that all machines compute alike
-FOLDER = Path("output_experiments")
 DEFAULTS = miniature_defaults()
+MADE_WITH = "".join(file_hash(HERE / name) for name in ("build.json", "defaults.json"))
+FOLDER = Path("output_experiments", hashlib.sha256(MADE_WITH.encode()).hexdigest()[:8])
 UPDATES = DEFAULTS["max_steps"]
 SEEDS = (0, 1, 2)
 PROMPTS = 96  # the first of the held-out prompts
@@ -82,8 +83,7 @@ def evaluation() -> Evaluation:
 def measure(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Path | None = None, words: str = "") -> dict:
     """{score: (N,)} of the held-out prompts; text, unet: tuned weights, see Evaluation.sampler for the rest."""
     options = {"tuned": text and str(text), "steps": steps, "unet": unet and str(unet), "words": words}
-    key = ["scores", PROMPTS, steps, words, *weights_key(text, unet)]
-    return kept(key, lambda: evaluation()(**options)[0])
+    return kept(["scores", PROMPTS, steps, words, *hashes(text, unet)], lambda: evaluation()(**options)[0])
 
 
 def diversity(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Path | None = None) -> dict:
@@ -96,7 +96,7 @@ def diversity(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Pat
         pairs = [(one - other).square().mean((1, 2, 3)).sqrt() for one, other in combinations(pictures, 2)]
         return {"diversity": torch.stack(pairs).mean(0)}
 
-    return kept(["diversity", DIVERSITY, steps, *weights_key(text, unet)], compute)
+    return kept(["diversity", DIVERSITY, steps, *hashes(text, unet)], compute)
 
 
 def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
@@ -124,12 +124,12 @@ def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
                 total = sum(count(step) for step in range(1, updates + 1)) / updates
         return {"flops": torch.tensor(total, dtype=torch.float64)}
 
-    return kept(["flops", reuse, updates, flags, file_hash(HERE / "defaults.json")], compute)["flops"].item()
+    return kept(["flops", reuse, updates, flags], compute)["flops"].item()
 
 
-def weights_key(*paths: Path | None) -> list[str | None]:
-    """What tells weights apart, and one miniature and its guidance from the next."""
-    return [DEFAULTS["guidance"], *(path and file_hash(path) for path in (HERE / "build.json", *paths))]
+def hashes(*paths: Path | None) -> list[str | None]:
+    """What tells weights apart, whatever their files are called; None is the original."""
+    return [path and file_hash(path) for path in paths]
 
 
 def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
