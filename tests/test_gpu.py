@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show, in about ten minutes: sh run_tests.sh -m gpu
+"""What only a CUDA GPU can show, in about a quarter of an hour: sh run_tests.sh -m gpu
 
 Training and evaluation are compared with fp32 on the CPU, memory with the table in speed/README.md. Training compares
 gradients by their length, not weights: where a true gradient is nearly 0, Adam turns rounding into whole steps.
@@ -40,7 +40,12 @@ TRAINING = [
     "--lr_warmup_steps", "0", "--max_grad_norm", "0", "--monitor", "clip", "--val_count", "4", "--val_every", "0",
     "--sample_every", "0", "--save_every", "0",
 ]  # fmt: skip
-TRAINED = {"tc_text": ["--lr_text", "1e-6"], "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-6"]}
+TRAINED = {
+    "tc_text": ["--lr_text", "1e-6"],
+    "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-6"],
+    "LoRA": ["--lora_rank", "4", "--lr_text", "1e-5"],
+    "refl": ["--gradient", "refl", "--grad_steps", "1", "--driven", "3", "--reuse", "2", "--tune_unconditional", "off"],
+}
 
 
 def rows(path):
