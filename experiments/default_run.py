@@ -3,17 +3,14 @@
 python -m experiments.default_run
 """
 
-import subprocess
-import sys
-
-from experiments.runs import SEEDS, train
+from experiments.runs import SEEDS, experiment, train
+from miniature import evaluate
 
 
 def main() -> None:
     encoders = [str(train("default", seed=seed)) for seed in SEEDS]
-    picture = ["--picture", "experiments/before_after.png"]
-    subprocess.run([sys.executable, "-m", "miniature.evaluate", *encoders, "--words", *picture], check=True)
+    evaluate.main([*encoders, "--words", "--picture", "experiments/before_after.png"])
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

@@ -8,7 +8,7 @@ The picture has the first held-out prompts as each run draws them, from the same
 from pathlib import Path
 
 from experiments.over_optimisation import LONGER, look
-from experiments.runs import UPDATES, draw, header, means, train
+from experiments.runs import UPDATES, draw, experiment, header, means, train
 from experiments.table1 import ALONE
 
 NO_CLIP = ("--clip", "0")
@@ -30,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

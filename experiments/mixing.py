@@ -14,11 +14,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from experiments.figure6 import NO_CLIP
-from experiments.runs import evaluation, train
+from experiments.runs import evaluation, experiment, train
 from experiments.table1 import ALONE
 from textcraftor.mixing import Weighted
 from textcraftor.models import latent_shape, make_networks
 from textcraftor.options import TEST_STEPS, TEST_TUNED_STEPS
+from textcraftor.recorded import tunes_unconditional
 from textcraftor.sampling import make_images, make_scheduler, to_uint8
 from textcraftor.validation import validation_noise
 
@@ -40,7 +41,7 @@ def main() -> None:
         for x in places:
             weights = (x * (1 - y), (1 - x) * y, x * y)
             mixed = [Weighted(encoder, weight) for encoder, weight in zip(encoders, weights, strict=True)]
-            networks = make_networks(evaluate.model, mixed, tune_unconditional=False)
+            networks = make_networks(evaluate.model, mixed, tunes_unconditional([str(path) for path in paths]))
             settings = {"tuned_steps": TEST_TUNED_STEPS, "guidance": evaluate.guidance}
             row.append(to_uint8(make_images(networks, scheduler, evaluate.prompts[:PROMPTS], noise, **settings)))
         rows.append(torch.cat(row, dim=3))
@@ -62,4 +63,4 @@ def draw(pages: torch.Tensor, prompts: list[str], to: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.runs import EVERY, UPDATES, diversity, header, means, measure, train
+from experiments.runs import EVERY, UPDATES, changes, diversity, experiment, header, means, measure, train
 from rewards import REWARDS
 
 CLIP_SCALE = 100  # as rewards/clip.py has it
 LONGER = 5 * UPDATES
-MEASURED = (EVERY, UPDATES, 80, 120, 160, LONGER)
+MEASURED = (EVERY, *range(UPDATES, LONGER + 1, UPDATES))
 RUNS = {
     "default, 5 times longer": ("default",),
     "the same without CLIP": ("no_clip", "--clip", "0"),
@@ -33,14 +33,17 @@ def main() -> None:
     looks = {}  # {run: {updates: {score: (N,)}}}
     for name, (folder, *flags) in RUNS.items():
         looks[name] = {0: look(None)}
+        train(folder, *flags, updates=LONGER)
         for updates in MEASURED:
-            train(folder, *flags, updates=LONGER)
             looks[name][updates] = look(train(folder, *flags, updates=updates))
     draw(looks, Path("experiments/over_optimisation.png"))
     print(header("run", "updates", scores=TITLES))
     for name, run in looks.items():
         for updates in (0, UPDATES, LONGER):
             print(means(name, str(updates), look=run[updates], scores=TITLES))
+    print(f"\nchange from update {UPDATES} to {LONGER}\n{header('run')}")
+    for name, run in looks.items():
+        print(changes(name, look=run[LONGER], before=run[UPDATES]))
 
 
 def look(weights: Path | None) -> dict:
@@ -65,4 +68,4 @@ def draw(looks: dict, to: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

@@ -1,13 +1,16 @@
 """Runs of the miniature, each trained once and measured once, whichever experiments need it.
 
-They lie in output_experiments/, those of each miniature and its defaults in a folder of their own. Stop an experiment
-and start it again, and it goes on where it was. All compute in fp32 and share a trajectory bank (textcraftor/bank.py).
+They lie in output_experiments/, in a folder for each miniature and its defaults, where each run's folder has its name,
+a hash of its flags, and its seed. Stop an experiment and start it again, and it goes on where it was. After a change of
+the training code, delete output_experiments/. All runs compute in fp32 and share a trajectory bank
+(textcraftor/bank.py).
 """
 
 import functools
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +25,9 @@ from safetensors.torch import load_file
 from miniature.evaluate import Evaluation
 from miniature.measure import HERE
 from speed.networks import flop_counter
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, run_program
 from textcraftor.hashes import file_hash
-from textcraftor.options import TEST_TUNED_STEPS, miniature_defaults
+from textcraftor.options import TEST_TUNED_STEPS, make_parser, miniature_defaults
 from textcraftor.prompts import read_prompts
 from textcraftor.sampling import to_uint8
 from textcraftor.statistics import paired_interval
@@ -32,15 +35,20 @@ from textcraftor.training_options import parse_options
 from textcraftor.weights import save_tensors
 from train_textcraftor import check_inputs, set_up, train_step
 
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that all machines compute alike
+
+def short_hash(content) -> str:
+    """Eight digits that tell apart what json can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+MINIATURE = [f for f in sorted(HERE.rglob("*")) if f.is_file() and f.suffix not in (".py", ".pyc")]
+FOLDER = Path("output_experiments", short_hash([file_hash(f) for f in MINIATURE if f.name != "build.json"]))
 DEFAULTS = miniature_defaults()
-MADE_WITH = "".join(file_hash(HERE / name) for name in ("build.json", "defaults.json"))
-FOLDER = Path("output_experiments", hashlib.sha256(MADE_WITH.encode()).hexdigest()[:8])
 UPDATES = DEFAULTS["max_steps"]
 SEEDS = (0, 1, 2)
 PROMPTS = 96  # the first of the held-out prompts
 SHOWN = 8  # of them in pictures
-EVERY = 20  # updates between checkpoints
+EVERY = UPDATES // 2  # updates between checkpoints
 DIVERSITY = 16, 4  # prompts, noises of each
 SCORES = ("total", "clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean")
 # What a column is called, what its numbers are multiplied by, and how they are written.
@@ -57,7 +65,7 @@ def train(name: str, *flags: str, seed: int = 0, updates: int = UPDATES, part: s
 
     part: "tc_text" or "tc_unet", whose weights are meant.
     """
-    folder = FOLDER / f"{name}_seed{seed}"
+    folder = FOLDER / f"{name}_{short_hash(flags)}_seed{seed}"
     weights = f"{part}_e_*_iter_{updates}.safetensors"
     if not list(folder.glob(weights)):
         command = [sys.executable, "train_textcraftor.py", "--model", "miniature", "--output-path", str(folder)]
@@ -67,11 +75,26 @@ def train(name: str, *flags: str, seed: int = 0, updates: int = UPDATES, part: s
         if part == "tc_text" and "direct" not in flags:
             command += ["--bank", str(FOLDER / "bank")]
         resume = ["--resume"] if (folder / "options.json").exists() else []
-        subprocess.run([*command, *flags, *resume], check=True)
+        run_training([*command, *flags, *resume])
     found = next(folder.glob(weights), None)
     if found is None:
-        raise UserError(f"{folder}: has no weights after {updates} updates; delete it, and it is trained again")
+        raise UserError(
+            f"{folder}: has no weights of update {updates}. If training was stopped, run this experiment again, and it "
+            "goes on; if it was beyond that update already, delete the folder first"
+        )
     return found
+
+
+def run_training(command: list[str]) -> None:
+    """Run a training to its end. Ctrl-C reaches it, too: it then saves a checkpoint, and is waited for."""
+    with subprocess.Popen(command) as training:
+        try:
+            training.wait()
+        except KeyboardInterrupt:
+            training.wait()
+            raise
+    if training.returncode:
+        raise UserError(f"training failed, see above: {shlex.join(command)}")
 
 
 @functools.cache
@@ -99,17 +122,17 @@ def diversity(text: Path | None = None, steps: int = TEST_TUNED_STEPS, unet: Pat
     return kept(["diversity", DIVERSITY, steps, *hashes(text, unet)], compute)
 
 
-def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
+def flops(*flags: str, updates: int = 1, banked: bool = False) -> float:
     """FLOPs of one image of an update with these flags: all that the training step computes.
 
-    reuse: uses of each of a bank's entries, among which its cost is shared out. updates: to average over, for ways that
-    draw at random which steps have gradient.
+    updates: to average over, for ways that draw at random which steps have gradient. banked: count the step of an image
+    whose first steps the run's bank has already.
     """
 
     def compute():
         with TemporaryDirectory() as folder:
             options = ["--model", "miniature", "--mixed_precision", "no", "--batch-size", "1", "--val_count", "2"]
-            options += ["--output-path", f"{folder}/run", *(["--bank", f"{folder}/bank"] if reuse > 1 else [])]
+            options += ["--output-path", f"{folder}/run", *(["--bank", f"{folder}/bank"] if banked else [])]
             args = parse_options([*options, *flags])
             run, *_ = set_up(args, check_inputs(args))
 
@@ -118,13 +141,12 @@ def flops(*flags: str, reuse: int = 1, updates: int = 1) -> float:
                     train_step(run, step, lambda: None)
                 return counter.get_total_flops()
 
-            if reuse > 1:  # the second time, the bank has the entries
-                total = (count(1) + (reuse - 1) * count(1)) / reuse
-            else:
-                total = sum(count(step) for step in range(1, updates + 1)) / updates
+            if banked:
+                count(1)  # fills it
+            total = sum(count(1 if banked else step) for step in range(1, updates + 1)) / updates
         return {"flops": torch.tensor(total, dtype=torch.float64)}
 
-    return kept(["flops", reuse, updates, flags], compute)["flops"].item()
+    return kept(["flops", updates, banked, flags], compute)["flops"].item()
 
 
 def hashes(*paths: Path | None) -> list[str | None]:
@@ -134,8 +156,7 @@ def hashes(*paths: Path | None) -> list[str | None]:
 
 def kept(key: list, compute: Callable[[], dict]) -> dict[str, torch.Tensor]:
     """compute(), or what it gave for this key before."""
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = FOLDER / "scores" / f"{name}.safetensors"
+    path = FOLDER / "scores" / f"{short_hash(key)}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(compute(), path)
@@ -182,6 +203,20 @@ def draw(shown: dict[str, dict], to: Path) -> None:
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     figure.savefig(to, dpi=90, bbox_inches="tight")
+
+
+def experiment(main: Callable[[], None], description: str) -> None:
+    """Run main() as a program that has no options but --help."""
+
+    def program():
+        make_parser(description, ()).parse_args()
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that all machines compute alike
+        main()
+
+    try:
+        run_program(program)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
 
 
 def row(*cells: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.runs import FOLDER, UPDATES, changes, draw, flops, header, mean, means, measure, train
+from experiments.runs import FOLDER, UPDATES, changes, draw, experiment, flops, header, mean, means, measure, train
 from miniature import world
 from miniature.measure import HERE, WORDS
 from rewards import load_reward
@@ -97,4 +97,4 @@ def pictures():
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

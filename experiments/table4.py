@@ -3,7 +3,7 @@
 python -m experiments.table4
 """
 
-from experiments.runs import changes, header, means, measure, train
+from experiments.runs import changes, experiment, header, means, measure, train
 
 GRADED = {5: ("default",), 10: ("grad_steps_10", "--grad_steps", "10"), 15: ("grad_steps_15", "--grad_steps", "15")}
 TESTED = (5, 10, 15, 25)
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment(main, __doc__)

@@ -37,7 +37,7 @@ JUDGED = ("right", "clean", "right_and_clean", *LOOKS)
 PICTURES = 16  # the first prompts' pictures are shown: a rule, not a choice
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text_path", nargs="+", help="tuned text encoders, safetensors or .pth")
     parser.add_argument("--prompts", default=str(HERE / "heldout.csv"))
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--grad_steps", type=int, default=TEST_TUNED_STEPS, help="steps that the tuned encoder drives")
     parser.add_argument("--words", action="store_true", help=f"also measure prompt engineering: '{WORDS}'")
     parser.add_argument("--picture", help="write a before/after picture of the first 16 prompts here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     prompts = read_prompts(args.prompts)[0][args.start : args.start + args.count]
     if not 0 <= args.grad_steps <= TEST_STEPS or args.start < 0:

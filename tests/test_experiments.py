@@ -1,10 +1,78 @@
 """What the experiments share: runs and scores are made once, and tables say what they should."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from experiments import runs, ways
+from textcraftor.errors import UserError
 from textcraftor.training_options import parse_options
+
+
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """The commands of all trainings, each of which leaves what a real one does."""
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        options = parse_options(command[2:])
+        folder = Path(options.output_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "options.json").write_text("{}")
+        (folder / "metrics.csv").touch()
+        (folder / f"tc_text_e_0_iter_{options.max_steps}.safetensors").write_text(json.dumps(command))
+
+    monkeypatch.setattr(runs, "FOLDER", tmp_path)
+    monkeypatch.setattr(runs, "run_training", run)
+    return commands
+
+
+def test_a_run_is_trained_once_goes_on_and_is_another_with_other_flags(trainings):
+    short, long = runs.train("a", updates=20), runs.train("a", updates=40)
+    assert runs.train("a", updates=20) == short and short.parent == long.parent and len(trainings) == 2
+    assert "--resume" not in trainings[0] and "--resume" in trainings[1]
+    folders = {short.parent, runs.train("a", seed=1).parent, runs.train("a", "--clip", "0").parent}
+    assert runs.train("a", "--clip", "0.5").parent not in folders and len(folders) == 3 and len(trainings) == 5
+    assert all("--resume" not in command for command in trainings[2:])
+
+
+def test_a_run_without_the_weights_asked_for_says_what_to_do(trainings, monkeypatch):
+    monkeypatch.setattr(runs, "run_training", lambda command: None)
+    with pytest.raises(UserError, match="no weights of update 40.* run this experiment again"):
+        runs.train("a", updates=40)
+
+
+def test_ctrl_c_waits_for_the_training_to_save(tmp_path):
+    """The terminal's Ctrl-C reaches both processes; the training may take longer than a moment to save."""
+    saves = "import signal, time, pathlib\n"
+    saves += f"def save(*_):\n time.sleep(2)\n pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n raise SystemExit\n"
+    saves += f"signal.signal(signal.SIGINT, save)\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(60)"
+    code = f"import sys; from experiments.runs import run_training; run_training([sys.executable, '-c', {saves!r}])"
+    experiment = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a script's "&" ignores it
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.time() + 120
+    while not (tmp_path / "begun").exists() and time.time() < until:
+        time.sleep(0.1)
+    os.killpg(experiment.pid, signal.SIGINT)
+    assert experiment.wait(60) in (-signal.SIGINT, 1) and (tmp_path / "saved").exists()
+
+
+def test_a_training_that_fails_is_named():
+    with pytest.raises(UserError, match="training failed, see above: .* 'raise SystemExit"):
+        runs.run_training([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_scores_are_computed_once_for_a_key(tmp_path, monkeypatch):
@@ -34,4 +102,14 @@ def test_a_row_has_the_paired_change_in_the_columns_units():
 def test_ways_are_runs_of_their_own_with_options_that_training_takes(way):
     assert [ways.folder(other) for other in ways.WAYS].count(ways.folder(way)) == 1
     args = parse_options(["--model", "miniature", "--output-path", "x", *ways.WAYS[way]])
-    assert args.gradient in way and (f"used {args.reuse} times" in way or args.reuse == 1)
+    assert args.gradient in way and (f"used {args.reuse} times" in way or args.reuse == 1 and "used" not in way)
+
+
+def test_what_a_way_costs_counts_the_first_steps_of_each_sample_once(monkeypatch):
+    """16 images an update, in pools of 64 that --reuse 4 shows four times: 40 updates show 192 of their 640 anew."""
+    monkeypatch.setattr(ways, "flops", lambda *flags, updates=1, banked=False: 1.0 if banked else 3.0)
+    default, reused = "last_k, K = 5", "last_k, K = 5, used 4 times"
+    assert ways.spent(default, 40) == 640 * 3 and ways.spent(reused, 40) == 192 * 3 + 448
+    assert ways.updates_for(default, 640 * 3) == 40
+    most = ways.updates_for(reused, 640 * 3)
+    assert ways.spent(reused, most) <= 640 * 3 < ways.spent(reused, most + 1)
