@@ -4,7 +4,7 @@
 recipe=grad_steps_$1
 . "$(dirname -- "$0")/common.sh"
 
-grad_steps=${1:-}
-[ "$grad_steps" ] || usage "K, the number of steps with gradient,"
+case ${1:-} in '' | *[!0-9]*) usage "K, the number of steps with gradient," ;; esac
+grad_steps=$1
 shift
 train 256 --clip 1 --aesthetic 0.3333333 --pickscore 1 --hpsv2 1 --grad_steps "$grad_steps" "$@"

@@ -6,7 +6,7 @@
 recipe=grad_steps_$1_$2
 . "$(dirname -- "$0")/common.sh"
 
-[ $# -ge 2 ] || usage "K in training and the number of steps to drive"
+case ${1:-x}${2:-x} in *[!0-9]*) usage "K in training and the number of steps to drive" ;; esac
 trained=$1 driven=$2
 shift 2
 test_images "grad_steps_$trained" --grad_steps "$driven" "$@"

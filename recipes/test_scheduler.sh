@@ -8,7 +8,7 @@
 recipe=scheduler_$1_$2
 . "$(dirname -- "$0")/common.sh"
 
-[ $# -ge 2 ] || usage "a scheduler and its number of steps"
+case ${2:-} in '' | *[!0-9]*) usage "a scheduler and its number of steps" ;; esac
 scheduler=$1 steps=$2
 shift 2
 test_images paper --scheduler "$scheduler" --step "$steps" --grad_steps "$((steps * 3 / 5))" "$@"

@@ -53,7 +53,14 @@ PARTS = (
 
 def check_plain(args):
     """Raise UserError for options that the plain loop does not have: the two would make different images."""
-    others = {"unet_path": "", "score_only": "", "prompt_eng": "", "scheduler": "DDIM", "prompt_weighting": 1}
+    others = {
+        "unet_path": "",
+        "score_only": "",
+        "prompt_eng": "",
+        "scheduler": "DDIM",
+        "prompt_weighting": 1,
+        "bank": "",
+    }
     for name, only in others.items():
         if getattr(args, name) != only:
             raise UserError(f"--{name} {getattr(args, name)}: the plain loop does not support this; leave it out")
@@ -80,8 +87,9 @@ def plain_way(args, scorers, output, device):
         return pipeline.encode_prompt(prompts, device, 1, True)  # conditional, unconditional
 
     def draw(prompts, indices):
-        late = torch.cat(encode(tuned, prompts)[::-1])
+        tuned_conditional, tuned_unconditional = encode(tuned, prompts)
         conditional, unconditional = encode(original, prompts)
+        late = torch.cat([tuned_unconditional if args.tune_unconditional == "on" else unconditional, tuned_conditional])
 
         def switch(pipeline, step, t, tensors):
             return {"prompt_embeds": late} if step == args.step - args.grad_steps - 1 else {}

@@ -67,21 +67,27 @@ OPTIONS = (
     ("--compile",          False,                    "as in training"),
     ("--steps",            1,                        "training steps to run, each with a table of its own"),
     ("--count",            False,                    "count FLOPs and memory without running anything"),
-    ("--plain",            False,                    "with --count: the plain step of speed/step.py instead of ours"),
+    ("--plain",            False,                    "with --count --mixed_precision no: speed/step.py's plain step"),
     ("--evaluate",         False,                    "with --count: memory of making and scoring images instead"),
 )
 # fmt: on
+PLAIN = {"train": "text_encoder", "lora_rank": 0, "gradient": "last_k", "reuse": 1, "tune_unconditional": "on"}
+PLAIN |= {"mixed_precision": "no", "gradient_checkpointing": "full", "vae_checkpointing": False}  # all that it can
 
 
 def main(argv=None):
     args = make_parser(__doc__, OPTIONS).parse_args(argv)
     require(args, {"batch_size step grad_steps driven reuse steps": 1})
-    name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", min(args.driven, args.step))
-    if args.grad_steps > among or args.gradient != "last_k" and args.driven > args.step:
+    among = args.step if args.gradient == "last_k" else args.driven
+    if not args.grad_steps <= among <= args.step:
+        driven = "" if args.gradient == "last_k" else f" --driven {args.driven}"
         raise UserError(
-            f"--grad_steps {args.grad_steps} --{name} {among}: the steps with gradient are among these, so give at "
-            "most as many"
+            f"--grad_steps {args.grad_steps}{driven} --step {args.step}: expected grad_steps <= "
+            f"{driven and 'driven <= '}step"
         )
+    for name, only in PLAIN.items() if args.plain else ():
+        if getattr(args, name) != only:
+            raise UserError(f"--plain --{name} {getattr(args, name)}: the plain step has only --{name} {only}")
     for name in ("plain", "evaluate"):
         if getattr(args, name) and not args.count:
             raise UserError(f"--{name}: this can only be counted, not run; add --count")
@@ -181,7 +187,7 @@ def plain(args, part, networks, scheduler, optimizer, device):
     prompts, noise = make_inputs(args)
     scheduler = steps_of(scheduler)
     with part("all of the plain step"):
-        total = plain_step(networks, clip_tokenizer(), scheduler, prompts, noise)
+        total = plain_step(networks, clip_tokenizer(), scheduler, prompts, noise, args.grad_steps)
         (-total.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()

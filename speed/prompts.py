@@ -72,7 +72,14 @@ def main():
     if not Path(args.rows).is_file():
         raise UserError(f"--rows {args.rows}: no such file; expected a csv with the columns prompt and raw_data")
     with open(args.rows, newline="", encoding="utf-8") as file:
-        _, *rows = islice(csv.reader(file), 1001)
+        names, *rows = [*islice(csv.reader(file), 1001)] or [[]]
+    if names != ["prompt", "raw_data"] or not rows or any(len(row) != 2 for row in rows):
+        raise UserError(
+            f"--rows {args.rows}: has the columns {', '.join(names) or 'none'} and {len(rows)} rows; expected prompt "
+            "and raw_data, and rows of two cells"
+        )
+    if not Path(args.folder).is_dir():
+        raise UserError(f"--folder {args.folder}: no such folder; name one with {args.gigabytes:g} GB of free space")
     results = {"whole": [], "column": [], "ours": []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "openprompts.csv"

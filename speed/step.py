@@ -36,7 +36,7 @@ OPTIONS = (
 # fmt: on
 
 
-def plain_step(networks, tokenizer, scheduler, prompts, noise):
+def plain_step(networks, tokenizer, scheduler, prompts, noise, grad_steps):
     """The total reward (B,). Its backward pass computes gradients of all networks but the VAE, most of them unused."""
     original, tuned, unet, vae, rewards = networks
 
@@ -49,7 +49,7 @@ def plain_step(networks, tokenizer, scheduler, prompts, noise):
     late = encode(tuned)
     z = noise
     for index, t in enumerate(scheduler.timesteps):
-        has_gradient = index >= T - K
+        has_gradient = index >= len(scheduler.timesteps) - grad_steps
         with torch.set_grad_enabled(has_gradient):
             evaluate = unet if not has_gradient else lambda *inputs: checkpoint(unet, *inputs, use_reentrant=False)
             epsilon = evaluate(torch.cat([z, z]), t, late if has_gradient else early).sample
@@ -106,7 +106,7 @@ def main(argv=None):
         return networks, lambda: our_step(used, scheduler, prompts, noise, summed, low_precision, recompute)
 
     contestants = {
-        "plain": (plain, lambda: plain_step(plain, tokenizer, scheduler, prompts, noise)),
+        "plain": (plain, lambda: plain_step(plain, tokenizer, scheduler, prompts, noise, K)),
         "fp32, recomputed": ours(fp32, True),
         "fp32": ours(fp32, False),
         "bf16, recomputed": ours(bf16, True, True),

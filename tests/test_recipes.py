@@ -132,14 +132,16 @@ def test_training_recipes_have_the_papers_settings(call):
 
     for recipe, *arguments in (
         ("single_reward",), ("single_reward clips",), ("weights 100 1",), ("weights 100 1 1 --model", "miniature"),
-        ("direct",), ("grad_steps",), ("paper", "--batch-size", "0"),
-        ("released", "--batch-size", "64"), ("test_mix hpsv2",),
+        ("direct",), ("grad_steps",), ("grad_steps --model miniature",), ("test_scheduler PNDM fifty",),
+        ("test_scheduler PNDM",), ("test_grad_steps 5",), ("test_grad_steps 5 --model",),
+        ("paper", "--batch-size", "0"), ("released", "--batch-size", "64"), ("test_mix hpsv2",),
     ):  # fmt: skip
         done, given = call(recipe, *arguments)
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and not given, (recipe, done)
 
 
 def test_test_recipes_have_the_papers_settings(call):
+    outputs = set()
     for recipe, (run, *how) in TESTS.items():
         for arguments in ([], ["--model", "miniature"]):
             options = parse_test_options(PARTI, "", call(recipe, *arguments)[1])
@@ -147,7 +149,9 @@ def test_test_recipes_have_the_papers_settings(call):
             assert found == how, recipe
             folder = f"miniature_{run}" if arguments else run
             output = Path(options.output_path)
-            assert output.parent == call.clone / "tests" and output.name.startswith("miniature_" * bool(arguments))
+            assert output.parent == call.clone / "tests" and output not in outputs
+            assert output.name.startswith("miniature_") == bool(arguments)
+            outputs.add(output)
             model = ROOT / "miniature" / "stable-diffusion" if arguments else call.clone / "stable-diffusion-v1-5"
             assert options.model == str(model), recipe
             assert options.text_path == f"{call.clone}/output_{folder}/tc_text.safetensors", recipe

@@ -39,7 +39,6 @@ def networks():
 
 
 def test_one_gradient_three_ways(networks, monkeypatch):
-    monkeypatch.setattr(step, "T", T)
     monkeypatch.setattr(step, "K", K)
     args = Namespace(
         batch_size=2, grad_steps=K, gradient_checkpointing="full", vae_checkpointing=True, mixed_precision="no",
@@ -63,7 +62,7 @@ def test_one_gradient_three_ways(networks, monkeypatch):
     used = in_use(networks, tokenizer)
     (-step.our_step(used, scheduler, prompts, noise, summed, False, False).mean()).backward()
     ours = gradient()
-    (-step.plain_step(networks, tokenizer, scheduler, prompts, noise).mean()).backward()
+    (-step.plain_step(networks, tokenizer, scheduler, prompts, noise, K).mean()).backward()
     plain = gradient()
     assert plain.norm() > 0
     assert (parted - plain).norm() <= 1e-4 * plain.norm()

@@ -192,7 +192,8 @@ def start_bank(args, accelerator, model, scheduler, data, updates: int, images: 
 def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: int, shape) -> None:
     """Compute all entries from 0 to entries - 1 that the bank lacks, shared among the processes.
 
-    networks: a models.Networks; batch: (shape, numbers) -> (prompts, noise), see stream.training_batch.
+    networks: a models.Networks; batch: (shape, numbers) -> (prompts, noise), see stream.training_batch. Raises
+    UserError when the disk is full.
     """
     mine = range(accelerator.process_index, entries, accelerator.num_processes)
     bar = tqdm(total=len(mine), desc="bank", disable=not accelerator.is_main_process, dynamic_ncols=True)
@@ -209,6 +210,8 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
 
             predict = partial(predict_noise, networks.unet, guidance)
             banked_latents(bank, predict, scheduler, z, original, prompts, noise)
+            if bank.problems:
+                raise UserError(f"--fill: {bank.problems[0]}; free some space, and the same command goes on")
             done += len(numbers)
             bar.update(len(numbers))
 

@@ -54,11 +54,11 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--step",             25,                        "T, number of DDIM sampling steps"),
     ("--gradient",         ("last_k", "drtune", "refl"), "last K steps, K of the last --driven, or 1 of them"),
     ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn for each update"),
-    ("--driven",           15,                        "drtune, refl: how many last steps K is drawn from"),
+    ("--driven",           15,                        "drtune, refl: draw the steps with gradient from so many last"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
-    ("--bank",             "",                        "folder that keeps first steps, for all runs to use"),
-    ("--reuse",            1,                         "train so often on each image's first steps, from a bank"),
+    ("--bank",             "",                        "folder that keeps prompts' first steps; runs may share it"),
+    ("--reuse",            1,                         "times to train on each prompt and noise, sampled once"),
     ("--fill",             False,                     "only compute the --bank of the whole run, then stop"),
     ("--tune_unconditional", ("", "on", "off"),       "tune the empty prompt, too (SD v1.5: on; miniature: off)"),
     ("--t_min",            0,                         "--method direct: least noise, as a time step"),
@@ -119,6 +119,7 @@ def parse_options(argv=None):
         args = parser.parse_args(argv)
         args.model = MINIATURE_MODEL
     check_options(args)
+    check_used(args, given_options(parser, argv, ("driven", "t_min", "t_max")))
     # Where training goes on from weights, they say it.
     recorded = recorded_settings(args.text_path).get("tune_unconditional", tune_unconditional)
     args.tune_unconditional = args.tune_unconditional or recorded
@@ -189,6 +190,15 @@ def check_options(args):
         raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
     if not args.fill:  # which writes nothing there
         check_folder(args.output_path, args.resume)
+
+
+def check_used(args, given: set[str]):
+    """Raise UserError if one of the options that are `given` would do nothing."""
+    unused = {"driven": "--gradient drtune or refl"} if args.gradient == "last_k" else {}
+    if args.method == "prompts":
+        unused |= dict.fromkeys(("t_min", "t_max"), "--method direct --images FOLDER")
+    for name in sorted(given & unused.keys()):
+        raise UserError(f"--{name} {getattr(args, name)}: only {unused[name]} uses it; add that, or leave this out")
 
 
 def check_bank(args):
