@@ -8,10 +8,9 @@ The picture has the first held-out prompts as each run draws them, from the same
 from pathlib import Path
 
 from experiments.over_optimisation import LONGER, look
-from experiments.runs import UPDATES, draw, experiment, header, means, train
-from experiments.table1 import ALONE
+from experiments.runs import UPDATES, draw, experiment, header, means
+from experiments.table1 import ALONE, NO_CLIP, alone
 
-NO_CLIP = ("--clip", "0")
 SCORES = ("clip", "aesthetic", "pickscore", "hpsv2", "right", "clean", "right_and_clean", "diversity")
 
 
@@ -19,11 +18,11 @@ def main() -> None:
     shown = {"original": {}}
     print(header("trained on", "updates", scores=SCORES))
     print(means("original", "", look=look(None), scores=SCORES))
-    for clip, more in (("_no_clip", NO_CLIP), ("_clip", ())):
-        for name, flags in ALONE.items():
+    for more in (NO_CLIP, ()):
+        for name in ALONE:
             label = f"{name} {'without' if more else 'with'} CLIP"
             for updates in (UPDATES, LONGER):
-                weights = train(name.replace(" ", "") + clip, *flags, *more, updates=updates)
+                weights = alone(name, *more, updates=updates)
                 print(means(label, str(updates), look=look(weights), scores=SCORES), flush=True)
             shown[label] = {"tuned": str(weights)}
     draw(shown, Path("experiments/figure6.png"))

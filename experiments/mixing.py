@@ -13,9 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from experiments.figure6 import NO_CLIP
-from experiments.runs import evaluation, experiment, train
-from experiments.table1 import ALONE
+from experiments.runs import evaluation, experiment
+from experiments.table1 import ALONE, NO_CLIP, alone
 from textcraftor.mixing import Weighted
 from textcraftor.models import latent_shape, make_networks
 from textcraftor.options import TEST_STEPS, TEST_TUNED_STEPS
@@ -29,8 +28,7 @@ PROMPTS, ALONG = 3, 5  # prompts, and pictures along each axis
 @torch.inference_mode()
 def main() -> None:
     evaluate = evaluation()
-    runs = {f"{name.replace(' ', '')}_no_clip": (*flags, *NO_CLIP) for name, flags in ALONE.items()}
-    paths = [train(name, *flags) for name, flags in runs.items()]
+    paths = [alone(name, *NO_CLIP) for name in ALONE]
     encoders = [evaluate.encoder(str(path)) for path in paths]
     scheduler = make_scheduler(evaluate.model.scheduler_config, TEST_STEPS)
     noise = validation_noise(range(PROMPTS), latent_shape(evaluate.model))

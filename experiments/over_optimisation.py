@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 
 from experiments.runs import EVERY, UPDATES, changes, diversity, experiment, header, means, measure, train
 from rewards import REWARDS
+from rewards.clip import SCALE
 
-CLIP_SCALE = 100  # as rewards/clip.py has it
 LONGER = 5 * UPDATES
 MEASURED = (EVERY, *range(UPDATES, LONGER + 1, UPDATES))
 RUNS = {
@@ -50,7 +50,7 @@ def look(weights: Path | None) -> dict:
     """Scores of held-out prompts and the diversity of some of them, as a share of the base's."""
     scores, here, base = measure(weights), diversity(weights)["diversity"], diversity()["diversity"]
     weight, _ = REWARDS["clip"]
-    without = scores["total"] - CLIP_SCALE * weight * scores["clip"]
+    without = scores["total"] - SCALE * weight * scores["clip"]
     return scores | {"without_clip": without, "diversity": here / base.mean()}
 
 

@@ -66,6 +66,7 @@ from miniature.preferences import (
     rating,
 )
 from miniature.world import IMAGE_SIZE, QUALITY_WORDS, random_scene, render, write_caption
+from textcraftor.errors import UserError, run_program
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -463,10 +464,10 @@ def write_prompts(to: Path) -> None:
 
 
 def trained(work: Path, stage: str, model: torch.nn.Module) -> torch.nn.Module:
-    """`model` with the weights that a finished stage left, frozen. Raises SystemExit if the stage is not finished."""
+    """`model` with the weights that a finished stage left, frozen. Raises UserError if the stage is not finished."""
     file = work / f"{stage}.safetensors"
     if not file.exists():
-        raise SystemExit(f"{file} is missing: first run python -m miniature.build {stage}")
+        raise UserError(f"{file} is missing: first run python -m miniature.build {stage}")
     model.load_state_dict(load_file(file))
     return model.eval().requires_grad_(False)
 
@@ -549,4 +550,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

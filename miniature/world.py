@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from textcraftor.errors import UserError
+
 IMAGE_SIZE = 64
 FONT_FILES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -142,7 +144,7 @@ def sprite(name: str, colour: str | None, size: str) -> np.ndarray:
     """One emoji as float32 RGBA in [0, 1], colours premultiplied by alpha, its longest side SIZES[size] pixels."""
     files = [f for f in FONT_FILES if Path(f).exists()]
     if not files:
-        raise FileNotFoundError(
+        raise UserError(
             "no Noto Color Emoji font found, which draws the miniature's world: "
             "install it (Debian and Ubuntu: apt-get install fonts-noto-color-emoji)"
         )
