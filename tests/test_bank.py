@@ -131,6 +131,27 @@ def test_a_bank_filled_beforehand_saves_the_first_steps(work, command, evaluatio
     assert len({row["total"] for row in table("output")[1:]}) == 16
 
 
+def test_a_disk_that_fills_up_ends_filling_and_nothing_else(work, command, monkeypatch, capsys):  # noqa: F811
+    run, save, kept = [*quiet(command, 10, 2), "--max_steps", 4], banks.save_tensors, []
+
+    def full(tensors, path):
+        if len(kept) == 3:
+            raise UserError(f"{path}: no space left on device")
+        kept.append(path)
+        save(tensors, path)
+
+    train(*run, "--output-path", "plain")
+    monkeypatch.setattr(banks, "save_tensors", full)
+    with pytest.raises(UserError, match="--fill: .* no space left .* the same command goes on"):
+        train(*run, "--bank", "bank", "--fill")
+    assert len(kept) == 3 and all(path.exists() for path in kept)
+    capsys.readouterr()
+    kept.pop()
+    train(*run, "--bank", "other")
+    assert capsys.readouterr().out.count("NOT KEPT") == 1
+    assert same_weights("plain/tc_text.safetensors", "output/tc_text.safetensors")
+
+
 def test_two_processes_share_a_bank(work, command):  # noqa: F811
     run = [*command, "--step", 10, "--grad_steps", 2, "--val_every", 0, "--sample_every", 0, "--reuse", 2]
     train(*run, "--output-path", "one", "--max_steps", 10)  # in the run's own folder
