@@ -107,6 +107,8 @@ launch() {
         fail "$nodes nodes, but no GPU is visible on this one"
     fi
     if [ "$gpus" -gt 1 ] || [ "$nodes" -gt 1 ]; then
+        # Seconds that a stopped run has to save its checkpoint before the launcher kills it.
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
         set -- accelerate launch --multi_gpu --num_machines "$nodes" --machine_rank "$node" \
             --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}" \
             --num_processes "$((gpus * nodes))" --mixed_precision no --dynamo_backend no "$program" "$@"

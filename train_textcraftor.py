@@ -195,7 +195,7 @@ def train(run, first_step, last_step):
 
     On SIGINT or SIGTERM, save a checkpoint, skip everything else and return None.
     """
-    args, record, say, done, after = run.args, run.record, run.say, first_step, None
+    args, record, say, done, logged, after = run.args, run.record, run.say, first_step, first_step, None
     is_main = run.accelerator.is_main_process
     bar = tqdm(total=last_step, initial=first_step, disable=not is_main, dynamic_ncols=True)
     with stop_signals() as received, bar:
@@ -203,6 +203,7 @@ def train(run, first_step, last_step):
         try:
             if "val_total" not in record.rows[-1] and is_due(args.val_every, done, last_step):
                 after = look(run, done, len(run.data.held_out), check_stop)
+                run.accelerator.log(record.rows[-1], step=done)
             for step in range(first_step + 1, last_step + 1):
                 record.add(train_step(run, step, check_stop))
                 done = step
@@ -213,21 +214,20 @@ def train(run, first_step, last_step):
                     after = look(run, step, len(run.data.held_out), check_stop)
                 elif args.sample_every and step % args.sample_every == 0:
                     look(run, step, min(PICTURES, len(run.data.held_out)), check_stop)
-                run.accelerator.log(record.rows[-1], step=step)
+                run.accelerator.log(record.rows[-1], step=(logged := step))
                 skips = len(list(takewhile(lambda row: row.get("skipped"), reversed(record.rows))))
                 if skips:
                     say(f"step {step}: loss or gradient is not finite; update skipped ({skips} in a row)")
                 if skips >= MOST_SKIPS or step == last_step:
-                    save(run, step)
+                    checkpoints.save_run(run, step)
                 elif args.save_every and step % args.save_every == 0:
-                    if checkpoints.has_room(run.accelerator, run.output, run.trained, bool(run.average)):
-                        save(run, step)
-                    else:
-                        say(f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space")
+                    checkpoints.save_run(run, step, needed=False)
                 if skips >= MOST_SKIPS:
                     raise UserError(f"{skips} updates in a row were not finite; {run.output} has the last good weights")
         except Stopped:
-            save(run, done)
+            if logged < done:
+                run.accelerator.log(record.rows[-1], step=done)
+            checkpoints.save_run(run, done)
             say(f"stopped after step {done}, checkpoint saved; to continue, repeat the command with --resume")
             return None
     return after or look(run, last_step, len(run.data.held_out), lambda: None)
@@ -329,15 +329,6 @@ def train_step(run, step, check_stop):
     row |= {"grad_norm": grad_norm, "skipped": skip, "cut": cut}
     row |= {"seconds": seconds, "images_per_second": images / seconds}
     return row | dict(zip(["total", *scores], means, strict=True))
-
-
-def save(run, step):
-    """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume."""
-    epoch = max(0, samples_shown(step, run.global_batch, run.args.reuse) - 1) // len(run.data.prompts)
-    checkpoints.save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
-    if run.average:
-        with run.averaged():
-            checkpoints.save_weights(run.accelerator, run.trained, run.output, "_ema")
 
 
 def is_due(every, step, last_step):

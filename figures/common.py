@@ -23,6 +23,7 @@ from textcraftor.options import (
 )
 from textcraftor.pictures import grid, save
 from textcraftor.pipelines import attach_encoder, detach_encoder
+from textcraftor.recorded import shared_settings
 from textcraftor.weight_files import check_text_encoder
 
 MODEL = ("--model", "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`")
@@ -37,14 +38,16 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
     common = (model, text_path, prompt, ("--seed", TEST_SEED, "of the noise"))
     output = ("-o --output", f"output_figures/{name}.png", "the picture to write")
     args = make_parser(description, (*common, *extra, output)).parse_args(argv)
-    args.guidance = 7.5
+    paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]
+    settings = {"step": TEST_STEPS, "grad_steps": TEST_TUNED_STEPS, "guidance": 7.5}
     if args.model == "miniature":
-        args.model, args.guidance = MINIATURE_MODEL, miniature_defaults()["guidance"]
+        args.model, settings["guidance"] = MINIATURE_MODEL, miniature_defaults()["guidance"]
+    # What the encoders were trained for comes before these.
+    vars(args).update(settings | shared_settings(paths, {"tune_unconditional"}, "use encoders that agree"))
     require(args, {"seed": 0})
     if not args.prompt.strip():
         raise UserError("--prompt is empty; say what to draw")
     check_picture_name(Path(args.output), "--output")
-    paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]
     files = [(getattr(args, name, ""), f"--{name}") for name in ("image", "mask")]
     checks = [(read_picture, path, option) for path, option in files if path]
     check_all([(check, args.model), *((check_text_encoder, path) for path in paths), *checks])
@@ -52,21 +55,21 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
 
 
 def load(args):
-    """A StableDiffusionPipeline with the settings of the tests: fp32, 25 DDIM steps."""
-    return load_pipeline(args.model, "DDIM", TEST_STEPS)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    """A StableDiffusionPipeline with the settings of the tests: fp32, DDIM."""
+    return load_pipeline(args.model, "DDIM", args.step)[0].to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def draw(pipeline, args, **inputs):
     """One picture; the same options draw it from the same noise."""
     noise = torch.Generator().manual_seed(args.seed)
-    options = {"num_inference_steps": TEST_STEPS, "guidance_scale": args.guidance, "generator": noise} | inputs
+    options = {"num_inference_steps": args.step, "guidance_scale": args.guidance, "generator": noise} | inputs
     return pipeline(args.prompt, **options).images[0]
 
 
 def original_and_tuned(pipeline, args, **inputs):
-    """The same picture twice, without the tuned encoder and with it in the last 15 steps."""
+    """The same picture twice, without the tuned encoder and with it in the last steps."""
     original = draw(pipeline, args, **inputs)
-    attach_encoder(pipeline, args.text_path, TEST_TUNED_STEPS)
+    attach_encoder(pipeline, args.text_path, args.grad_steps)
     tuned = draw(pipeline, args, **inputs)
     detach_encoder(pipeline)
     return [original, tuned]

@@ -8,7 +8,6 @@ import copy
 
 from figures.common import draw, load, parse, write
 from textcraftor.errors import UserError, run_program
-from textcraftor.options import TEST_TUNED_STEPS
 from textcraftor.pipelines import attach_encoder
 from textcraftor.recorded import tunes_unconditional
 from textcraftor.weight_files import load_text_encoder
@@ -38,7 +37,7 @@ def main(argv=None):
         load_text_encoder(encoders[-1], path)
     pictures, notes = [], []
     for weights in weights_of(len(encoders)):
-        attach_encoder(pipeline, list(zip(encoders, weights, strict=True)), TEST_TUNED_STEPS, both)
+        attach_encoder(pipeline, list(zip(encoders, weights, strict=True)), args.grad_steps, both)
         pictures.append([draw(pipeline, args)])
         notes.append(" / ".join(f"{weight:.3g}" for weight in (1 - sum(weights), *weights)))
     write(args, pictures, notes, "weights of the original text embeddings / the tuned ones")

@@ -77,7 +77,7 @@ def compare(name, scores, golden):
         kind = next((kind for kind in ("reference", "recorded") if entry[kind] is not None), None)
         if kind is None:
             entry["recorded"] = round(score, 6)
-            verdict = "now recorded"
+            verdict = "nothing to compare with yet"
         else:
             good = abs(score - entry[kind]) <= TOLERANCE[name]
             wrong += not good
@@ -121,13 +121,13 @@ def main(argv=None):
             confused += nearest < len(scores)
     if confused and released:
         raise UserError(f"{confused} of the models match pictures with the wrong prompts; nothing was recorded")
+    if wrong:
+        raise UserError(f"{wrong} scores differ: the weights are not the released ones, or a library has changed")
     if json.dumps(golden) != before:
         machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
         golden["recorded on"] = f"{machine}, torch {torch.__version__}"
         write_json(args.golden, golden)
         print(f"recorded in {args.golden}")
-    if wrong:
-        raise UserError(f"{wrong} scores differ: the weights are not the released ones, or a library has changed")
 
 
 if __name__ == "__main__":

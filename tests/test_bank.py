@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,6 +146,9 @@ def test_a_disk_that_fills_up_ends_filling_and_nothing_else(work, command, monke
     with pytest.raises(UserError, match="--fill: .* no space left .* the same command goes on"):
         train(*run, "--bank", "bank", "--fill")
     assert len(kept) == 3 and all(path.exists() for path in kept)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="--fill: stopped; .* goes on"):
+        patched.setattr(banks, "banked_latents", Mock(side_effect=KeyboardInterrupt))
+        train(*run, "--bank", "bank", "--fill")
     capsys.readouterr()
     kept.pop()
     train(*run, "--bank", "other")

@@ -34,7 +34,7 @@ def test_scores_are_recorded_once_and_compared_from_then_on(rewards_root, tmp_pa
     golden, root = shutil.copy(check.GOLDEN, tmp_path), shutil.copytree(rewards_root, tmp_path / "root")
     arguments = ["--weights", str(root), "--golden", str(golden)]
     check.main(arguments)
-    assert capsys.readouterr().out.count("now recorded") == 16
+    assert capsys.readouterr().out.count("nothing to compare with yet") == 16
     recorded = json.loads((tmp_path / "golden.json").read_text())
     assert f"torch {torch.__version__}" in recorded["recorded on"]
     prompt = "a sunset over the sea"
@@ -103,6 +103,13 @@ def test_files_written_whole_have_the_permissions_of_any_new_file(tmp_path):
             with write_whole(tmp_path / "new.safetensors") as unfinished:
                 save_file({"weight": torch.zeros(2)}, unfinished)
             assert (tmp_path / "new.safetensors").stat().st_mode & 0o777 == permissions
+            with write_whole(tmp_path / f"folder_{umask}") as unfinished:
+                (unfinished / "inner").mkdir(parents=True)
+                save_file({"weight": torch.zeros(2)}, unfinished / "inner" / "new.safetensors")
+            assert (tmp_path / f"folder_{umask}" / "inner").stat().st_mode & 0o777 == 0o777 & ~umask
+            assert (tmp_path / f"folder_{umask}").stat().st_mode & 0o777 == 0o777 & ~umask
+            file = tmp_path / f"folder_{umask}" / "inner" / "new.safetensors"
+            assert file.stat().st_mode & 0o777 == permissions
     finally:
         os.umask(before)
     with (

@@ -424,7 +424,8 @@ def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusi
     scores = torch.randn(30, generator=torch.Generator().manual_seed(0)).double()
     (tmp_path / "resume").mkdir()
     for name, score in (("before", scores), ("after", scores + 1)):
-        save_look({"total": score, "clip": score + 0}, torch.zeros(1), tmp_path / "resume" / f"{name}.safetensors")
+        save_look({"total": score, "clip": score + 0}, torch.zeros(1), 40, tmp_path / "resume" / f"{name}.safetensors")
+    (tmp_path / "before_after.png").touch()
 
     def card(name, run=tmp_path, form="text_encoder"):
         training = run_parts(run, str(tmp_path / name))
@@ -433,6 +434,13 @@ def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusi
     best, last, other = (card(f"tc_text{name}.safetensors") for name in ("_best", "_e_0_iter_40", ""))
     assert "| updates | 20 |" in best and "| clip | 0.5000 | 0.7500 | +0.2500 |  |" in best
     assert "| updates | 40 |" in last and "| clip | 0.5000 | 1.5000 | +1.0000 | +1.0000 … +1.0000 |" in last
+    assert "before_after.png" in last and "before_after.png" not in best
+    # Trained on, and stopped: the scores of each prompt, and the picture, are still those of update 40.
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("60,4,2.5\n")
+    later = card("tc_text_e_0_iter_60.safetensors")
+    assert "| clip | 0.5000 | 2.5000 | +2.0000 |  |" in later and "before_after.png" not in later
+    assert "+1.0000 … +1.0000" in card("tc_text_e_0_iter_40.safetensors")
     assert "updates" not in other and "| clip | 0.5 |" in other and "| hpsv2 | 1 |" in other
     assert "Training" not in card("x", None) and "models/loras" in card("x", None, "lora_kohya")
     (tmp_path / "metrics.csv").write_text("step,val_total\n0,high\n")
@@ -441,7 +449,8 @@ def test_cards_tell_which_weights_they_are_of_and_their_intervals(stable_diffusi
 
 
 def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, tuned, tmp_path):
-    """The original encoder in the first ten of 25 steps, the tuned one in the last 15: the images of make_images."""
+    """The original encoder in the first ten of 25 steps, the tuned one in the last 15: the images of make_images; and
+    where an encoder was trained for other steps, in those."""
     model = load_model(str(stable_diffusion))
     full = exported("lora", tuned, stable_diffusion, tmp_path / "full.safetensors", "--lora_rank", "32")
     state, lora = read_text_encoder(stable_diffusion, ""), load_file(full)
@@ -450,12 +459,15 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         if f"{layer}.lora_A.weight" in lora:
             state[name] = state[name] + lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
     save_text_encoder(state, tmp_path / "full_rank.safetensors")
-    for form, path, weights in (
-        ("diffusers", exported("diffusers", tuned, stable_diffusion, tmp_path / "whole"), tuned),
-        ("text_encoder", exported("text_encoder", tuned, stable_diffusion, tmp_path / "encoder"), tuned),
-        ("lora", full, tmp_path / "full_rank.safetensors"),
+    encoder_folder, as_in_the_paper = tmp_path / "encoder", {"step": 25, "grad_steps": 15, "guidance": 7.5}
+    for form, path, weights, settings in (
+        ("diffusers", exported("diffusers", tuned, stable_diffusion, tmp_path / "whole"), tuned, {}),
+        ("text_encoder", exported("text_encoder", tuned, stable_diffusion, encoder_folder), tuned, {}),
+        ("text_encoder", encoder_folder, tuned, {"step": 10, "grad_steps": 10, "guidance": 4.0}),  # in all steps
+        ("lora", full, tmp_path / "full_rank.safetensors", {}),
     ):
-        card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "", {})
+        card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "", settings)
+        settings = as_in_the_paper | settings
         code = card.split("```python\n")[1].split("```")[0]
         assert len(code.strip().splitlines()) <= 16
         code = code.replace('"ada/x"', repr(str(tmp_path if form == "lora" else path)))
@@ -469,7 +481,8 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         noise = torch.randn(1, *latent_shape(model))
         encoder = copy.deepcopy(model.text_encoder)
         load_text_encoder(encoder, weights)
-        scheduler, how = make_scheduler(model.scheduler_config, 25), {"tuned_steps": 15, "guidance": 7.5}
+        scheduler = make_scheduler(model.scheduler_config, settings["step"])
+        how = {"tuned_steps": settings["grad_steps"], "guidance": settings["guidance"]}
         with torch.no_grad():
             wanted = make_images(make_networks(model, encoder), scheduler, [names["prompt"]], noise, **how)[0]
         pixels = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255

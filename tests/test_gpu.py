@@ -40,6 +40,8 @@ TRAINING = [
     "--lr_warmup_steps", "0", "--max_grad_norm", "0", "--monitor", "clip", "--val_count", "4", "--val_every", "0",
     "--sample_every", "0", "--save_every", "0",
 ]  # fmt: skip
+# How far precision may move a score; what four rewards of random pictures differ by is 50 times as much.
+SCORE_BOUNDS = {"clip": 0.03, "aesthetic": 0.3, "pickscore": 0.3, "hpsv2": 0.01}
 TRAINED = {
     "tc_text": ["--lr_text", "1e-6"],
     "tc_unet": ["--lr_text", "0", "--lr_unet", "1e-6"],
@@ -104,11 +106,10 @@ def test_training_on_the_gpu_is_training_on_the_cpu(on_cpu, tmp_path, capsys, op
 def same_metrics(found, expected, tolerance):
     """Scores of two trainings agree in every step, and the norm of the first gradient; rounding may move later ones."""
     for row, wanted in zip(found, expected, strict=True):
-        for name in ("clip", "aesthetic", "pickscore", "hpsv2", "total"):
-            assert float(row[name]) == pytest.approx(float(wanted[name]), rel=tolerance), f"{name}, step {row['step']}"
+        for name, most in SCORE_BOUNDS.items():
+            for column in (name, f"val_{name}") if row["val_total"] else (name,):
+                assert abs(float(row[column]) - float(wanted[column])) <= most, f"{column}, step {row['step']}"
     assert float(found[0]["grad_norm"]) == pytest.approx(float(expected[0]["grad_norm"]), rel=tolerance)
-    last, wanted = (float(metrics[-1]["val_total"]) for metrics in (found, expected))
-    assert last == pytest.approx(wanted, rel=tolerance)
 
 
 def weights_of(path):
@@ -167,9 +168,9 @@ def test_evaluation_on_the_gpu_is_evaluation_on_the_cpu(tmp_path):
         for row, wanted in zip(rows(folder / "scores.csv"), expected, strict=True):
             first, second = (np.asarray(Image.open(tmp_path / at / row["file"]), float) for at in (precision, "cpu"))
             assert abs(first - second).mean() <= grey_levels, row["file"]
-            # What four rewards of random pictures differ by is 50 times as much.
-            for name, most in [("clip", 0.03), ("aesthetic", 0.3), ("pickscore", 0.3), ("hps_v2.0", 0.01)]:
-                assert abs(float(row[name]) - float(wanted[name])) <= most, f"{row['file']}, {name}"
+            for name, most in SCORE_BOUNDS.items():
+                column = {"hpsv2": "hps_v2.0"}.get(name, name)
+                assert abs(float(row[column]) - float(wanted[column])) <= most, f"{row['file']}, {name}"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from textcraftor.errors import UserError
 from textcraftor.heatmap_options import parse_options
 from textcraftor.heatmaps import AttentionRecorder, draw_with_maps, heatmap_page, prompt_words, word_maps
 from textcraftor.models import clip_tokenizer, load_model, make_networks
+from textcraftor.recorded import record
 from textcraftor.sampling import make_images, make_scheduler, prompt_noise
 from textcraftor.weight_files import save_text_encoder
 
@@ -178,6 +179,15 @@ def test_the_program_makes_a_picture(stable_diffusion, tuned, tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("*.png")] == ["a.png"]  # no unfinished one beside it
     page = Image.open(tmp_path / "a.png")
     assert page.format == "PNG" and page.width > 5 * 192 and len(page.getcolors(10**6)) > 1000
+
+
+def test_steps_and_guidance_are_those_that_the_encoder_was_trained_for(tuned, tmp_path):
+    path = tmp_path / "tc_text.safetensors"
+    save_text_encoder(tuned.state_dict(), path, record({"step": 10, "grad_steps": 6, "guidance": 3.0}))
+    for more, expected in (([], (10, 6, 3.0)), (["--step", "20"], (20, 6, 3.0)), (["--guidance", "2"], (10, 6, 2.0))):
+        for model in ("x", "miniature"):
+            args = parse_options("", ["fox", "--text_path", str(path), "--model", model, *more])
+            assert (args.step, args.grad_steps, args.guidance) == expected
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +22,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rewards.training
 import textcraftor.options
 import train_textcraftor
 from rewards import load_reward
-from textcraftor import precision, processes, training_options
+from textcraftor import precision, processes, run_folder, training_options
 from textcraftor.errors import UserError
 from textcraftor.models import load_model, make_networks
 from textcraftor.sampling import make_images, make_scheduler
@@ -155,7 +157,11 @@ def test_a_run_learns_what_it_is_rewarded_for(work, command, capsys):
     assert float(rows[-1]["val_blueness"]) == pytest.approx(-float(rows[-1]["val_redness"]), rel=1e-5)
     assert "blueness" not in rows[-1]
     assert "held out" in capsys.readouterr().out
-    assert list(Path("output").glob("**/events.out.tfevents*"))
+    events = min(Path("output").glob("**/events.out.tfevents*"), key=lambda path: len(path.parts))  # others: options
+    accumulator = EventAccumulator(str(events)).Reload()
+    logged = {event.step: event.value for event in accumulator.Scalars("val_total")}
+    assert logged == pytest.approx({int(row["step"]): float(row["val_total"]) for row in rows if row["val_total"]})
+    assert [event.step for event in accumulator.Scalars("total")] == list(range(1, 13))
     best = max(rows, key=lambda row: float(row["val_total"] or "-inf"))
     assert best is rows[-1] and same_weights("output/tc_text_best.safetensors", "output/tc_text.safetensors")
 
@@ -750,6 +756,50 @@ def test_old_checkpoints_are_deleted_and_the_newest_is_linked(work, command):
     kept = sorted(path.name for path in Path("output").glob("tc_text_e_*"))
     assert kept == ["tc_text_e_0_iter_3.safetensors", "tc_text_e_0_iter_4.safetensors"]
     assert os.readlink("output/tc_text.safetensors") == kept[-1] and Path("output/tc_text_best.safetensors").is_file()
+
+
+def test_later_weights_of_a_killed_run_are_not_the_newest(work, command):
+    """Killed between the weights of step 9 and their state, a run goes on from step 1 and keeps what it writes."""
+    run = [*command, "--save_every", 1, "--keep_checkpoints", 1]
+    train(*run, "--max_steps", 1)
+    shutil.copy("output/tc_text_e_0_iter_1.safetensors", "output/tc_text_e_0_iter_9.safetensors")
+    train(*run, "--max_steps", 2, "--resume")
+    train(*run, "--max_steps", 3, "--resume")
+    assert Path("output/tc_text.safetensors").resolve().name == "tc_text_e_0_iter_3.safetensors"
+    assert len(list(Path("output").glob("tc_text_e_*"))) == 2
+
+
+def test_a_run_goes_on_with_its_monitors_only(work, command):
+    train(*command, "--max_steps", 1, "--monitor", "own.py:blueness")
+    for monitors in ([], ["--monitor", "own.py:blueness", "--monitor", "own.py:constant"]):
+        with pytest.raises(UserError, match=r"metrics.csv does not have the columns of this run .* --monitor"):
+            train(*command, "--max_steps", 2, "--resume", *monitors)
+        AcceleratorState._reset_state(True)
+    train(*command, "--max_steps", 2, "--resume", "--monitor", "own.py:blueness")
+    assert len(table("output")) == 3
+
+
+def test_a_disk_that_fills_up_loses_no_row(work, command, monkeypatch, capsys):
+    """Rows that could not be written come with the next one that can; the last checkpoint needs room."""
+    append, rewrite, full = run_folder._append, run_folder.Record._rewrite, {2, 3}
+
+    def refuse(write):
+        def written(*arguments):
+            rows = arguments[0].rows if isinstance(arguments[0], run_folder.Record) else arguments[2]
+            if rows and int(rows[-1]["step"]) in full:
+                raise OSError(28, "No space left on device")
+            write(*arguments)
+
+        return written
+
+    monkeypatch.setattr(run_folder, "_append", refuse(append))
+    monkeypatch.setattr(run_folder.Record, "_rewrite", refuse(rewrite))
+    train(*command, "--max_steps", 5, "--val_every", 0, "--sample_every", 0)
+    assert [row["step"] for row in table("output")] == list("012345")
+    assert capsys.readouterr().out.count("NOT WRITTEN") == 1
+    monkeypatch.setattr("textcraftor.checkpoints.has_room", lambda *_: False)
+    with pytest.raises(UserError, match="step 6: NOT SAVED: .* --resume goes on from the newest checkpoint"):
+        train(*command, "--max_steps", 6, "--val_every", 0, "--sample_every", 0, "--resume")
 
 
 def test_damaged_run_and_full_disk_give_one_line_errors(work, command, monkeypatch):

@@ -17,7 +17,7 @@ from textcraftor.benchmark.options import parse_options as parse_test_options
 from textcraftor.benchmark.prompt_lists import PARTI
 from textcraftor.errors import UserError
 from textcraftor.pipelines import attach_encoder
-from textcraftor.recorded import record, recorded_settings, tunes_unconditional
+from textcraftor.recorded import ENCODERS, record, recorded_settings, tunes_unconditional
 from textcraftor.training_options import parse_options
 from textcraftor.weight_files import read_text_encoder, save_text_encoder
 
@@ -59,6 +59,22 @@ def test_a_run_says_how_it_sampled_and_later_programs_follow(work, command):  # 
     assert parse_options(go_on).tune_unconditional == "on"
     assert parse_options([*go_on, "--tune_unconditional", "off"]).tune_unconditional == "off"
     assert parse_options([*go_on, "--text_path", ""]).tune_unconditional == "off"
+
+
+def test_a_hub_id_says_what_its_weights_say(files, monkeypatch):
+    """Whatever name of the two its text encoder has there; without a network, loading the weights complains."""
+    for name in ENCODERS:
+
+        def fetch(repo, file, name=name):
+            if (repo, file) != ("ada/tuned", name):
+                raise OSError("no such file")
+            return files["off"]
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+        assert recorded_settings("ada/tuned") == recorded_settings(files["off"])
+        options = parse_test_options(PARTI, "", ["--text_path", "ada/tuned"])
+        assert (options.step, options.tune_unconditional) == (10, "off")
+        assert recorded_settings("ada/other") == recorded_settings("ada/tuned.safetensors") == {}
 
 
 def test_files_that_say_nothing_or_different_things(files, tmp_path):

@@ -27,7 +27,7 @@ from textcraftor.sampling import predict_noise, sample_prefix
 from textcraftor.stream import samples_shown
 from textcraftor.weights import save_tensors
 
-FILL_BATCH = 64  # images at once when a bank is filled beforehand; halved until it fits
+FILL_BATCH = 64  # images at once when a bank is filled beforehand; fewer if they do not fit
 
 
 class Bank(NamedTuple):
@@ -216,5 +216,8 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
             bar.update(len(numbers))
 
     with bar:
-        fill()
+        try:
+            fill()
+        except KeyboardInterrupt:
+            raise UserError("--fill: stopped; what is computed is kept, and the same command goes on") from None
     accelerator.wait_for_everyone()

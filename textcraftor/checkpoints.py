@@ -23,6 +23,7 @@ from textcraftor.files import free_bytes, write_whole
 from textcraftor.lora import load_lora, save_diffusers_lora, save_lora
 from textcraftor.recorded import record
 from textcraftor.run_folder import RESTART
+from textcraftor.stream import samples_shown
 from textcraftor.weight_files import load_text_encoder, load_unet, save_text_encoder, save_unet
 
 SAVE = {"text_encoder": save_text_encoder, "unet": save_unet}  # (state dict, path, metadata)
@@ -96,6 +97,23 @@ def save_weights(accelerator, trained: list[Trained], folder: Path, suffix: str)
             save_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
 
 
+def save_run(run, step, needed=True):
+    """Write a checkpoint after `step`: the weights, their moving average if any, and the state needed to resume.
+
+    run: the training script's Run; needed: whether a full disk is a UserError; otherwise the run says so and goes on.
+    """
+    if not has_room(run.accelerator, run.output, run.trained, bool(run.average)):
+        problem = f"step {step}: NOT SAVED: the disk of {run.output} is full; free some space"
+        if needed:
+            raise UserError(f"{problem}, and --resume goes on from the newest checkpoint")
+        return run.say(problem)
+    epoch = max(0, samples_shown(step, run.global_batch, run.args.reuse) - 1) // len(run.data.prompts)
+    save_checkpoint(run.accelerator, run.trained, run.output, step, epoch, run.args.keep_checkpoints)
+    if run.average:
+        with run.averaged():
+            save_weights(run.accelerator, run.trained, run.output, "_ema")
+
+
 def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int, epoch: int, keep: int) -> None:
     """Write the weights and the state after `step`; then link the newest weights, and keep only `keep`."""
     folder, states, suffix = Path(folder), Path(folder) / "resume", f"_e_{epoch}_iter_{step}"
@@ -119,6 +137,7 @@ def save_checkpoint(accelerator, trained: list[Trained], folder: Path, step: int
                 path = folder / f"{part.name}_diffusers.safetensors"
                 save_diffusers_lora(accelerator.unwrap_model(part.network), part.part, path, record(part.settings))
             weights = sorted(folder.glob(f"{part.name}_e_*_iter_*.safetensors"), key=_step)
+            weights = [path for path in weights if _step(path) <= step]  # a killed run may have left later ones
             for path in weights[:-keep] if keep else []:
                 path.unlink()
     accelerator.wait_for_everyone()

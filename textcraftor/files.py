@@ -16,8 +16,9 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same folder, with the same suffix; rename it to `path` when the block ends.
 
     Nobody ever sees half a file: if the block raises, the temporary file is removed and an existing `path` is kept.
-    Creates folders as needed. The file has the permissions of any new file (the umask), although safetensors makes
-    files that only their owner can read. Raises UserError if the file system refuses (full, read-only, no permission).
+    Creates folders as needed. The block writes a file, or a folder of files, which get the permissions of any new file
+    (the umask), although safetensors makes files that only their owner can read. Raises UserError if the file system
+    refuses (full, read-only, no permission).
     """
     path = Path(path)
     unfinished = path.with_name(f".unfinished.{os.getpid()}.{path.name}")
@@ -27,7 +28,9 @@ def write_whole(path: Path | str) -> Iterator[Path]:
         permissions = unfinished.stat().st_mode
         unfinished.unlink()
         yield unfinished
-        unfinished.chmod(permissions)
+        for written in (unfinished, *unfinished.rglob("*")):
+            if written.is_file():
+                written.chmod(permissions)
         os.replace(unfinished, path)
     except OSError as problem:
         raise UserError(f"{path}: cannot be written ({problem.strerror or problem})") from problem

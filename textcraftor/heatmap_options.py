@@ -15,6 +15,7 @@ from textcraftor.options import (
     miniature_defaults,
     require,
 )
+from textcraftor.recorded import shared_settings
 
 # fmt: off
 OPTIONS = (
@@ -36,16 +37,20 @@ WORD = regex.compile(rf"(?V1)\p{{Han}}|{LETTERS}(?:['’\-]{LETTERS})*|(?=\p{{S}
 
 
 def parse_options(description, argv=None):
-    """Command line -> options, all checked; `--model miniature` brings the miniature's own guidance.
+    """Command line -> options, all checked.
 
-    Raises UserError, one line, for options that make no sense.
+    Steps and guidance are by default those that the encoder was trained for, then the miniature's own guidance. Raises
+    UserError, one line, for options that make no sense.
     """
     parser = make_parser(description, OPTIONS)
     parser.add_argument("prompt", help="what to draw, in quotes")
     args = parser.parse_args(argv)
     if args.model == "miniature":
         parser.set_defaults(guidance=miniature_defaults()["guidance"])
-        args = parser.parse_args(argv)
+    settings = shared_settings([args.text_path], set()) if args.text_path else {}
+    parser.set_defaults(**{name: value for name, value in settings.items() if hasattr(args, name)})
+    args = parser.parse_args(argv)
+    if args.model == "miniature":
         args.model = MINIATURE_MODEL
     check_options(args)
     return args

@@ -3,13 +3,18 @@
 Nothing here imports torch, so programs can take defaults from it before they check their options.
 """
 
+import contextlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+
+import huggingface_hub
 
 from textcraftor.errors import UserError
 
 ENCODERS = ("model.safetensors", "text_encoder/model.safetensors")  # in the folders that export.py writes
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KEY = "textcraftor"  # in the metadata of a safetensors file
 # Options of the test programs whose defaults come from the weights.
 TESTED = ("step", "grad_steps", "guidance", "tune_unconditional")
@@ -21,7 +26,10 @@ def record(settings: Mapping) -> dict[str, str]:
 
 
 def recorded_settings(path: Path | str) -> dict:
-    """The settings in a safetensors file's header, or that of the text encoder in a folder; {} if there are none."""
+    """The settings in the header of a safetensors file, or of the text encoder in a folder or behind a hub id, which is
+    fetched into the hub's cache; {} if there are none."""
+    if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
+        path = _from_hub(str(path)) or path
     path = next((Path(path) / name for name in ENCODERS if (Path(path) / name).is_file()), path)
     try:
         with open(path, "rb") as file:
@@ -30,6 +38,14 @@ def recorded_settings(path: Path | str) -> dict:
         return json.loads(header["__metadata__"][KEY])
     except (OSError, ValueError, KeyError, TypeError):  # another kind of file, which is judged when it is loaded
         return {}
+
+
+def _from_hub(repo):
+    """The file of a hub repository's text encoder in the hub's cache; None if there is none."""
+    for name in ENCODERS:
+        # Where it has another name, or the hub cannot be reached, loading the weights says what is wrong.
+        with contextlib.suppress(Exception):
+            return huggingface_hub.hf_hub_download(repo, name)
 
 
 def shared_settings(paths: list[str], given: set[str], advice: str = "choose one with --{name}") -> dict:

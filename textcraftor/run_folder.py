@@ -6,6 +6,8 @@ import math
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from textcraftor.errors import UserError, first_line
 from textcraftor.files import check_writable, read_json_object, write_whole
 
@@ -57,7 +59,7 @@ class Record:
     def __init__(self, folder, columns, writes=True):
         """columns: those of metrics.csv; writes: whether this process writes the file (the main one does)."""
         self.folder, self.path = Path(folder), Path(folder) / "metrics.csv"
-        self.columns, self.writes, self.rows = columns, writes, []
+        self.columns, self.writes, self.rows, self.behind = columns, writes, [], False
 
     def start(self, options):
         """Begin a run: write its options (a dict) and an empty metrics.csv."""
@@ -83,8 +85,13 @@ class Record:
                 )
 
     def resume(self, last_step):
-        """Continue a run: read its rows and drop those after `last_step`. Raises UserError if they are damaged."""
+        """Continue a run: read its rows and drop those after `last_step`.
+
+        Raises UserError if they are damaged, or have other columns.
+        """
         try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                found = next(csv.reader(file), [])
             self.rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
             if [row["step"] for row in self.rows] != list(range(last_step + 1)):
                 raise ValueError(f"expected one row for each of the steps 0 to {last_step}, found {len(self.rows)}")
@@ -92,20 +99,40 @@ class Record:
             raise UserError(
                 f"--resume: {self.path} is damaged ({first_line(problem)}); {RESTART.format(folder=self.folder)}"
             ) from problem
+        if set(found) != set(self.columns):
+            differing = ", ".join(sorted(set(found) ^ set(self.columns)))
+            raise UserError(
+                f"--resume: {self.path} does not have the columns of this run ({differing}); repeat its --monitor, or "
+                "start another run elsewhere"
+            )
         if self.writes:
             self._rewrite()
 
     def add(self, row):
         """Keep a row, and append it to metrics.csv."""
         self.rows.append(_rounded(row))
-        if self.writes:
-            _append(self.path, self.columns, self.rows[-1:])
+        self._write(whole=False)
 
     def amend(self, values):
         """Add values to the last row."""
         self.rows[-1] |= _rounded(values)
-        if self.writes:
-            self._rewrite()
+        self._write(whole=True)
+
+    def _write(self, whole):
+        """Append the last row to metrics.csv, or write all. On a full disk the run goes on, and says so once: the next
+        row that can be written brings all that are missing."""
+        if not self.writes:
+            return
+        try:
+            if whole or self.behind:
+                self._rewrite()
+            else:
+                _append(self.path, self.columns, self.rows[-1:])
+            self.behind = False
+        except (OSError, UserError) as problem:
+            if not self.behind:
+                tqdm.write(f"{self.path}: NOT WRITTEN ({first_line(problem)}); free some space, and it will be")
+            self.behind = True
 
     def mean(self, name, window):
         """The mean of a column over its last `window` finite values; NaN if there is none."""

@@ -41,7 +41,7 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--anchor",           0.0,                       "penalty on 1 - cos(tuned, original embedding); try 0.1"),
     ("--shared_text",      1.0,                       "weight of what all prompts share in rewards; try 0.3"),
     ("--smooth",           0.0,                       "score images moved so far against its gradient; try 0.01"),
-    ("--ema",              0.0,                       "decay of averaged weights, which are validated; try 0.995"),
+    ("--ema",              0.0,                       "decay of weights' average, up to (1+step)/(10+step); try 0.995"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from textcraftor.bank import memory_bank, with_bank
 from textcraftor.checkpoints import has_room, save_weights
+from textcraftor.errors import UserError
 from textcraftor.files import write_whole
 from textcraftor.options import TEST_SEED
 from textcraftor.pictures import before_after_grid, reward_curves, sample_grid
@@ -46,12 +47,15 @@ def look(run, step, count, check_stop):
             else:
                 run.say(f"step {step}: the best weights so far, NOT SAVED: the disk of {run.output} is full")
         if is_main and step == 0:
-            save_look(scores, images, run.output / "resume" / "before.safetensors")
+            save_look(scores, images, step, run.output / "resume" / "before.safetensors")
         run.record.amend(means)
         run.say(f"step {step}, held out: " + ", ".join(f"{name} {s.mean():.4g}" for name, s in scores.items()))
     if is_main and run.args.sample_every:
         picture = sample_grid(images, held_out, scores, step)
-        save_picture(picture, run.output / "samples" / f"step_{step:06d}.png")
+        try:
+            save_picture(picture, run.output / "samples" / f"step_{step:06d}.png")
+        except UserError as problem:  # a full disk, say: training goes on
+            run.say(f"step {step}: sample pictures NOT SAVED: {problem}")
         log_picture(run.accelerator, "held-out prompts", picture, step)
     return scores, images
 
@@ -94,11 +98,11 @@ def validation_noise(indices, shape):
     return prompt_noise(TEST_SEED, indices, shape)
 
 
-def save_look(scores, images, path):
-    """Save the result of validate."""
+def save_look(scores, images, step, path):
+    """Save the result of validate after `step`."""
     with write_whole(path) as unfinished:
         tensors = {"images": images.contiguous(), **{f"score {name}": score for name, score in scores.items()}}
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, {"step": str(step)})
 
 
 def load_look(path):
@@ -111,7 +115,7 @@ def load_look(path):
 def show_results(run, last_step, after):
     """Draw before and after and the curves, and print what the run changed and where its files are."""
     before = load_look(run.output / "resume" / "before.safetensors")
-    save_look(*after, run.output / "resume" / "after.safetensors")  # a model card gives intervals
+    save_look(*after, last_step, run.output / "resume" / "after.safetensors")  # a model card gives intervals
     before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
     monitor_names = [monitor.name for monitor in run.monitors]
     reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")

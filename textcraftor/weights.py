@@ -97,7 +97,8 @@ def _read_safetensors(path, meta):
 
 def _read_torch(path, meta):
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickle protocols that read_pickle knows
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that read_pickle knows
             return torch.load(path, map_location="meta" if meta else "cpu", weights_only=True)
     except Exception:  # something beside the tensors that PyTorch does not allow, or a damaged file
         return read_pickle(path, meta)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import safetensors
 from huggingface_hub import ModelCardData
 
 from rewards import REWARDS
@@ -81,11 +82,18 @@ with torch.no_grad():
 # The negative prompt's embeddings come first in `tuned`.
 ORIGINAL_NEGATIVE = """
 tuned[:1] = pipe.encode_prompt(prompt, pipe.device, 1, True)[1].detach()  # the negative prompt stays the original's"""
-SWITCH = """
+SCHEDULER = """
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+"""
+SWITCH = """\
 switch = lambda pipe, step, t, tensors: {{"prompt_embeds": tuned}} if step >= {last_original} else {{}}
 settings = {{"num_inference_steps": {steps}, "guidance_scale": {guidance:g}}}
 image = pipe(prompt, **settings, callback_on_step_end=switch).images[0]
+"""
+# A callback comes after a step, so it cannot change the first.
+NO_SWITCH = """\
+settings = {{"num_inference_steps": {steps}, "guidance_scale": {guidance:g}}}
+image = pipe(prompt_embeds=tuned[1:], negative_prompt_embeds=tuned[:1], **settings).images[0]
 """
 COMFYUI = {
     "clip_l": "Put `{file}` into `models/text_encoders/`; load it with *Load CLIP*, type `stable_diffusion`.",
@@ -129,7 +137,9 @@ def model_card(repo: str, form: str, file: str, model: str, training: list[str],
         f"{'.' if both else ', and the original one the negative prompt in all of them.'}"
     ]
     if form in CODE:
-        switch = SWITCH.format(last_original=first - 1, steps=steps, guidance=settings.get("guidance", 7.5))
+        switch = SCHEDULER + (SWITCH if first else NO_SWITCH).format(
+            last_original=first - 1, steps=steps, guidance=settings.get("guidance", 7.5)
+        )
         code = CODE[form].format(**names, embed=EMBED) + ("" if both else ORIGINAL_NEGATIVE)
         parts += [f"## In diffusers\n\n```python\n{BEGIN}{code}{switch}```"]
     if form in COMFYUI:
@@ -168,7 +178,7 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
         for text, value in told.items()
     ]
     rows = read_metrics(run / "metrics.csv")
-    step = step_of(text_path, rows)
+    step = step_of(text_path, rows, run)
     lines += [f"| updates | {step:g} |"] if step else []
     parts = ["\n".join(lines)]
     before, after = (next((row for row in rows if row["step"] == number), {}) for number in (0, step))
@@ -178,14 +188,14 @@ def run_parts(run: Path | None, text_path: str) -> list[str]:
     if shown and step and names:
         lines = [f"## Held-out prompts, before and after {step:g} updates", ""]
         lines += ["| score | before | after | change | 95 % interval |", "| --- | --- | --- | --- | --- |"]
-        intervals = paired_intervals(run) if step == rows[-1]["step"] else {}
+        intervals = paired_intervals(run) if step == shown_step(run, rows) else {}
         for name in names:
             change = after[name] - before[name]
             low_high = "{:+.4f} … {:+.4f}".format(*intervals[name][1:]) if name in intervals else ""
             cells = (name.removeprefix("val_"), f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}", low_high)
             lines += [f"| {' | '.join(cells)} |"]
         parts += ["\n".join(lines)]
-    if shown and (run / PICTURE).is_file():
+    if shown and step == shown_step(run, rows) and (run / PICTURE).is_file():
         parts += [f"![held-out prompts before and after tuning]({PICTURE})"]
     return parts
 
@@ -200,14 +210,24 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         ) from problem
 
 
-def step_of(text_path: str, rows: list[dict[str, float]]) -> float | None:
+def shown_step(run: Path, rows: list[dict[str, float]]) -> float | None:
+    """The update after which before_after.png and the scores of each prompt were made."""
+    look = run / "resume" / "after.safetensors"
+    if look.is_file():
+        with safetensors.safe_open(look, "pt") as file:
+            if "step" in (file.metadata() or {}):
+                return float(file.metadata()["step"])
+    return rows[-1]["step"] if rows else None  # a run of an earlier version, which made them at its end
+
+
+def step_of(text_path: str, rows: list[dict[str, float]], run: Path) -> float | None:
     """The update after which the weights were saved, as their file's name tells; None if it does not."""
     path = Path(text_path)
     if path.stem.endswith("_best"):
         best = max((row for row in rows if "val_total" in row), key=lambda row: row["val_total"], default={})
         return best.get("step")
     if path.stem.endswith("_ema"):  # written with the newest checkpoint
-        return rows[-1]["step"] if rows else None
+        path = run / f"{path.stem.removesuffix('_ema')}.safetensors"
     if number := re.search(r"_iter_(\d+)$", path.resolve().stem):  # tc_text.safetensors is a link to the newest
         return float(number[1])
     return None
