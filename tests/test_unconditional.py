@@ -74,7 +74,13 @@ def test_a_hub_id_says_what_its_weights_say(files, monkeypatch):
         assert recorded_settings("ada/tuned") == recorded_settings(files["off"])
         options = parse_test_options(PARTI, "", ["--text_path", "ada/tuned"])
         assert (options.step, options.tune_unconditional) == (10, "off")
-        assert recorded_settings("ada/other") == recorded_settings("ada/tuned.safetensors") == {}
+        assert recorded_settings("ada/other") == {}
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names))
+    assert not any(
+        recorded_settings(f"ada/tuned{suffix}") for suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    )
+    assert not asked, "a mistyped path is no business of the hub"
 
 
 def test_files_that_say_nothing_or_different_things(files, tmp_path):

@@ -14,7 +14,8 @@ import huggingface_hub
 from textcraftor.errors import UserError
 
 ENCODERS = ("model.safetensors", "text_encoder/model.safetensors")  # in the folders that export.py writes
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# USER/NAME, but not a mistyped path of a weight file, which would wait for the hub to say no.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.bin)")
 KEY = "textcraftor"  # in the metadata of a safetensors file
 # Options of the test programs whose defaults come from the weights.
 TESTED = ("step", "grad_steps", "guidance", "tune_unconditional")
