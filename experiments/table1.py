@@ -71,10 +71,9 @@ def main() -> None:
         print(changes(name, look=mean(looks), before=base))
     tuned = {"tuned": str(train("default"))}
     second = {"unet": str(train("text_then_unet", *UNET, "--text_path", tuned["tuned"], part="tc_unet"))}
-    alone = {"unet": str(train("unet", *UNET, part="tc_unet"))}
-    draw(
-        {"original": {}, "text": tuned, "UNet": alone, "text then UNet": tuned | second}, Path("experiments/table1.png")
-    )
+    unet_alone = {"unet": str(train("unet", *UNET, part="tc_unet"))}
+    shown = {"original": {}, "text": tuned, "UNet": unet_alone, "text then UNet": tuned | second}
+    draw(shown, Path("experiments/table1.png"))
 
 
 def alone(reward: str, *more: str, seed: int = 0, updates: int = UPDATES) -> Path:
