@@ -69,18 +69,10 @@ def load_lora(network: nn.Module, part: str, path: Path | str) -> None:
     Raises UserError if layers, rank or alpha differ, and for NaN or infinity.
     """
     saved, own = read_weights(path), kohya_lora(part, trained_factors(network, part))
-    check_fit(
-        path,
-        "LoRA",
-        missing=[name for name in own if name not in saved],
-        unexpected=[name for name in saved if name not in own],
-        misshapen=[
-            name
-            for name in own
-            if name in saved
-            and (saved[name].shape != own[name].shape or name.endswith(".alpha") and saved[name] != own[name])
-        ],
-    )
+    check_fit(path, "LoRA", saved, own)
+    for name, value in own.items():
+        if name.endswith(".alpha") and saved[name] != value:
+            raise UserError(f"{path}: {name} is {saved[name]:g}, not {value:g}; use the --lora_alpha of its training")
     check_finite(saved, path)
     with torch.no_grad():
         for name, value in saved.items():

@@ -201,26 +201,22 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: Path 
 
     Raises UserError that names the first missing, unexpected and misshapen weights, or one with NaN or infinity.
     """
-    own = module.state_dict()
-    misshapen = [
-        f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    check_fit(
-        path,
-        type(module).__name__,
-        missing=[name for name in own if name not in state],
-        unexpected=[name for name in state if name not in own],
-        misshapen=misshapen,
-    )
+    check_fit(path, type(module).__name__, state, module.state_dict())
     check_finite(state, path)
     module.load_state_dict(state, assign=assign)
 
 
-def check_fit(path: Path | str, model: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-    """Raise UserError that names the first of each list of misfits, unless all are empty."""
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+def check_fit(path: Path | str, model: str, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise UserError that names the first missing, unexpected and misshapen weights of `state`, read from `path`."""
+    lists = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+            for name in expected
+            if name in state and state[name].shape != expected[name].shape
+        ],
+    }
     found = [
         f"{kind}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         for kind, names in lists.items()
