@@ -128,7 +128,7 @@ def test_single_files_that_are_no_sd_v1_are_refused_with_names(small_sd_v1, tmp_
     unet, vae = "model.diffusion_model.", "first_stage_model."
     text = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
     cases = {
-        "CLIPTextModel.*missing: (text_model\.)?final_layer_norm.bias": {text: None},
+        r"CLIPTextModel.*missing: (text_model\.)?final_layer_norm.bias": {text: None},
         "UNet2DConditionModel.*missing: mid_block.attentions.0.proj_in.bias": {
             f"{unet}middle_block.1.proj_in.bias": None
         },
