@@ -56,7 +56,7 @@ def parse(argv):
     if len(args.runs) < 2 and not (args.votes and not args.runs):
         raise UserError(f"expected two or more output folders of a benchmark, found {len(args.runs)}")
     if (args.blind or args.votes) and len(args.runs) > 2:
-        raise UserError(f"{len(args.runs)} runs given, but people vote between two; give two")
+        raise UserError(f"--blind and --votes compare two runs, found {len(args.runs)}; give two")
     if args.blind and args.votes:
         raise UserError("--blind writes the page and --votes reads its votes afterwards; give only one of them")
     if args.limit and not args.blind:

@@ -223,7 +223,10 @@ def train(run, first_step, last_step):
                 elif args.save_every and step % args.save_every == 0:
                     checkpoints.save_run(run, step, needed=False)
                 if skips >= MOST_SKIPS:
-                    raise UserError(f"{skips} updates in a row were not finite; {run.output} has the last good weights")
+                    raise UserError(
+                        f"loss or gradient was not finite in {skips} updates in a row; {run.output} has the last good "
+                        "weights: start a new run from them, with a lower learning rate"
+                    )
         except Stopped:
             if logged < done:
                 run.accelerator.log(record.rows[-1], step=done)

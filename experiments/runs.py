@@ -79,8 +79,8 @@ def train(name: str, *flags: str, seed: int = 0, updates: int = UPDATES, part: s
     found = next(folder.glob(weights), None)
     if found is None:
         raise UserError(
-            f"{folder}: has no weights of update {updates}. If training was stopped, run this experiment again, and it "
-            "goes on; if it was beyond that update already, delete the folder first"
+            f"{folder}: has no weights of update {updates}; run this experiment again to continue training, or, if the "
+            "run is past that update, delete the folder first"
         )
     return found
 

@@ -35,7 +35,7 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
     """Command line -> options of the figure `name`, whose model and tuned encoder exist."""
     quiet_libraries()
     prompt = ("--prompt", "a photo of a big fox on a blue background", "what to draw")
-    common = (model, text_path, prompt, ("--seed", TEST_SEED, "of the noise"))
+    common = (model, text_path, prompt, ("--seed", TEST_SEED, "seed of the noise"))
     output = ("-o --output", f"output_figures/{name}.png", "the picture to write")
     args = make_parser(description, (*common, *extra, output)).parse_args(argv)
     paths = args.text_path if isinstance(args.text_path, list) else [args.text_path]

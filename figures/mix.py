@@ -28,7 +28,9 @@ def weights_of(count):
 def main(argv=None):
     args = parse(__doc__, "mix", argv=argv, text_path=("--text_path", [], "tuned text encoder; may be repeated"))
     if not args.text_path:
-        raise UserError("which encoders? Give one or more, such as --text_path output/tc_text.safetensors")
+        raise UserError(
+            "--text_path is missing: name one or more encoders, such as --text_path output/tc_text.safetensors"
+        )
     both = tunes_unconditional(args.text_path)
     pipeline = load(args)
     encoders = []

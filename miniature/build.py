@@ -536,7 +536,7 @@ def hashes() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", choices=[*STAGES, "measure", []], help="which (default: all, in order)")
-    parser.add_argument("--work", type=Path, default=Path(".miniature_build"), help="where unfinished work lies")
+    parser.add_argument("--work", type=Path, default=Path(".miniature_build"), help="folder for unfinished stages")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     commit()

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(args.prompts)[0][args.start : args.start + args.count]
     if not 0 <= args.grad_steps <= TEST_STEPS or args.start < 0:
         raise UserError(
-            f"--start {args.start} --grad_steps {args.grad_steps}: expected 0 or more, and up to {TEST_STEPS} steps"
+            f"--start {args.start} --grad_steps {args.grad_steps}: expected start >= 0, grad_steps 0 to {TEST_STEPS}"
         )
     if len(prompts) < 2:
         raise UserError(

@@ -115,8 +115,8 @@ def right(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         asked = [world.parse(prompt) for prompt in prompts]
     except ValueError as problem:
         raise UserError(
-            f"the miniature's judge: {problem}; it reads prompts like those in miniature/validation.csv alone. For "
-            "others, leave it out: --monitor clip"
+            f"the miniature's judge: {problem}; it can only read prompts like those in miniature/validation.csv; for "
+            "others, replace it with --monitor clip"
         ) from problem
     rightness = [all(world.content_right(*pair).values()) for pair in zip(seen(images), asked, strict=True)]
     return torch.tensor(rightness, dtype=torch.float32, device=images.device)

@@ -143,10 +143,10 @@ def test_a_disk_that_fills_up_ends_filling_and_nothing_else(work, command, monke
 
     train(*run, "--output-path", "plain")
     monkeypatch.setattr(banks, "save_tensors", full)
-    with pytest.raises(UserError, match="--fill: .* no space left .* the same command goes on"):
+    with pytest.raises(UserError, match="--fill: .* no space left .* repeat the command"):
         train(*run, "--bank", "bank", "--fill")
     assert len(kept) == 3 and all(path.exists() for path in kept)
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="--fill: stopped; .* goes on"):
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="--fill: stopped; .* repeat the command"):
         patched.setattr(banks, "banked_latents", Mock(side_effect=KeyboardInterrupt))
         train(*run, "--bank", "bank", "--fill")
     capsys.readouterr()

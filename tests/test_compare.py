@@ -147,7 +147,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_line(runs):
         ([runs[0], "file"], "file: no summary.json"), ([*runs, "--output_path", "taken"], "json: cannot be read"),
         ([runs[0], "other_scores"], r"no score in common: original \(clip, aesthetic\) and other_scores \(pickscore\)"),
         ([*runs, "--output_path", "file"], "is a file"), ([*runs, "--output_path", "file/x"], "is a file"),
-        ([*runs, "partner", "--blind"], "people vote between two"), ([*runs, "--limit", "3"], "only with --blind"),
+        ([*runs, "partner", "--blind"], "compare two runs, found"), ([*runs, "--limit", "3"], "only with --blind"),
         ([*runs, "--blind", "--votes", "x"], "only one of them"), ([*runs, "--image_size", "8"], "image_size"),
     ):  # fmt: skip
         refused(arguments, message)

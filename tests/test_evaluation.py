@@ -679,7 +679,7 @@ def test_several_encoders_are_mixed(parti, stable_diffusion, capsys):
     for specs, message in (
         (("a.safetensors", "b.safetensors=0.3"), "a.safetensors: has no weight"),
         (("a.safetensors=0.5", "c.safetensors=0.5"), "c.safetensors: no such weights"),
-        (("a.safetensors=some",), "some is no weight"),
+        (("a.safetensors=some",), "some is not a weight"),
     ):
         words = ["--output_path", "new", *(word for spec in specs for word in ("--text_path", spec))]
         refused(partial(parti, *words), message)

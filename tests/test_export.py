@@ -230,11 +230,14 @@ def test_what_cannot_be_exported_is_one_clear_line(stable_diffusion, tuned, tmp_
         (["--form", "clip_l"], "--output_path is missing: name what to write, such as exported.safetensors"),
         (["--form", "onnx", "-o", folder], "--form"),
         (["--form", "lora", "-o", file, "--lora_rank", 0], "--lora_rank 0: must be at least 1"),
-        (["--form", "lora", "-o", file, "--lora_rank", 33], "--lora_rank 33: .* has only 32"),
+        (["--form", "lora", "-o", file, "--lora_rank", 33], "--lora_rank 33: .* use at most 32"),
         (["--form", "lora", "-o", file, "--text_path", stable_diffusion], "no difference to export"),
         (["--form", "lora", "-o", file, "--text_path", ""], "--text_path is missing"),
         (["--form", "clip_l", "-o", file, "--text_path", tmp_path / "nan.safetensors"], "holds NaN or infinity"),
-        (["--form", "clip_l", "-o", file, "--text_path", tmp_path / "other.safetensors"], "has width 48, .* has 32"),
+        (
+            ["--form", "clip_l", "-o", file, "--text_path", tmp_path / "other.safetensors"],
+            "hidden size 48, but .* has 32",
+        ),
         (["--form", "clip_l", "-o", file, "--text_path", tmp_path / "no.safetensors"], "no such weights"),
         (
             ["--form", "text_encoder", "-o", folder, "--half", "--text_path", tmp_path / "large.safetensors"],
@@ -256,7 +259,7 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     for words, message in (
         (["export.py", "--text_path", "x"], "error: --output_path is missing"),
-        (["merge.py", "a.safetensors=much", "-o", "c.safetensors"], "error: a.safetensors=much: much is no weight"),
+        (["merge.py", "a.safetensors=much", "-o", "c.safetensors"], "error: a.safetensors=much: much is not a weight"),
     ):
         command = [sys.executable, ROOT / words[0], *words[1:]]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

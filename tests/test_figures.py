@@ -131,7 +131,7 @@ def test_controlnet_sdxl_and_mistakes(stable_diffusion, model, weights, tmp_path
         with pytest.raises(UserError, match=message) as error:
             program.main([*common, *options])
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="which encoders"):
+    with pytest.raises(UserError, match="--text_path is missing"):
         mix.main(inputs[:2])
 
 

@@ -160,7 +160,7 @@ def test_loras_that_do_not_fit_are_one_line(networks, tmp_path):
             f"unet.{UNET_LAYER}.lora_B.weight": torch.ones(1, 1),
         },
         "only one of the two halves": half,
-        r"changes text_model.encoder.layers.1.mlp.fc2 by \(32, 2\) times \(2, 5\)": {
+        r"of text_model.encoder.layers.1.mlp.fc2 has the shapes \(32, 2\) and \(2, 5\)": {
             f"text_encoder.{TEXT_LAYER}.lora_A.weight": torch.ones(2, 5),
             f"text_encoder.{TEXT_LAYER}.lora_B.weight": torch.ones(32, 2),
         },
@@ -180,5 +180,5 @@ def test_loras_that_do_not_fit_are_one_line(networks, tmp_path):
         with pytest.raises(UserError, match=problem) as error:
             load_text_encoder(networks["text_encoder"], path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="--lora_rank 33: .* has only 32"):
+    with pytest.raises(UserError, match="--lora_rank 33: .* use at most 32"):
         add_lora(networks["text_encoder"], "text_encoder", 33, 33, 0)

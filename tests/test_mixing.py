@@ -126,13 +126,13 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
     for specs, target, message in (
         ("missing=0.5", output, "missing: text_model.encoder.layers.0.mlp.fc2.bias"),
         ("deeper=0.5", output, "unexpected: text_model.encoder.layers.2"),
-        ("wide=0.5", output, "width 48"),
+        ("wide=0.5", output, "hidden size 48"),
         ("short=0.5", output, r"position_embedding.weight \(64, 32\), not \(77, 32\)"),
         ("nan=0.5", output, "final_layer_norm.weight holds NaN"),
         ("big=3", output, f"out.safetensors: .*{norm} holds NaN or infinity"),
         ("lora=0.5", output, "only one of the two halves"),
         ("none=0.5", output, "none.safetensors: no such weights"),
-        ("big=x", output, "x is no weight"),
+        ("big=x", output, "x is not a weight"),
         ("big=1", tmp_path / "lora.safetensors", "exists already"),
         ("big=1", tmp_path / "out.pth", "ends in .safetensors"),
         ("big=1", tmp_path / "file" / "out.safetensors", "is a file; choose a folder"),
@@ -143,7 +143,7 @@ def test_what_cannot_be_merged_is_one_clear_line(encoders, stable_diffusion, tmp
             merge.main(argv)
         assert "\n" not in str(refused.value)
     assert not output.exists()
-    with pytest.raises(UserError, match="whole.safetensors: is a LoRA, which changes a model"):
+    with pytest.raises(UserError, match="whole.safetensors: is a LoRA; expected the whole model"):
         lora = {
             f"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_{name}.weight": torch.zeros(shape)
             for name, shape in (("down", (4, 32)), ("up", (64, 4)))

@@ -284,7 +284,7 @@ def test_mistakes_are_said_in_one_line(pipeline, tuned):
         (refiner, tuned, 5, "no first text encoder"),
         (stock, pipeline.unet, 5, "is a UNet2DConditionModel"),
         (stock, CLIPTextModelWithProjection(tuned.config), 5, "is a CLIPTextModelWithProjection"),
-        (stock, wide, 5, "width 16"),
+        (stock, wide, 5, "hidden size 16"),
         (stock, "absent.safetensors", 5, "no such weights|absent"),
         (stock, [], 5, "found nothing"),
         (stock, [tuned, (tuned, 0.5)], 5, "found CLIPTextModel, 0.5"),

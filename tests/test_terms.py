@@ -134,7 +134,7 @@ def test_options_that_make_no_sense_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert parse_options(["--model", "miniature"]).grad_steps == "5"  # as recorded when it is spelled out
     for options, message in (
-        (["--reward", "own.py:anchor=1"], "two columns of metrics.csv would be called anchor"),
+        (["--reward", "own.py:anchor=1"], "two columns named anchor"),
         (["--ema", "1"], "--ema 1.0: must be below 1"),
         (["--anchor", "0.1", "--lr_text", "0", "--lr_unet", "1e-6"], "the text encoder is frozen"),
         (["--smooth", "-1"], "--smooth -1.0: must be at least 0"),

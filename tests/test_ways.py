@@ -133,9 +133,9 @@ def test_ranges_that_make_no_sense_are_refused():
         (["--grad_steps", "1-30"], "grad_steps <= step"),
         (["--gradient", "drtune", "--grad_steps", "16"], "--grad_steps 16 --driven 15 --step 25"),
         (["--gradient", "drtune", "--driven", "26"], "driven <= step"),
-        (["--driven", "5"], "--driven 5: only --gradient drtune or refl uses it"),
-        (["--t_max", "5"], "--t_max 5: only --method direct --images FOLDER uses it"),
-        (["--gradient", "refl"], "has gradient in one step"),
+        (["--driven", "5"], "--driven 5: only works with --gradient drtune or refl"),
+        (["--t_max", "5"], "--t_max 5: only works with --method direct --images FOLDER"),
+        (["--gradient", "refl"], "refl uses one step"),
     ):
         with pytest.raises(UserError, match=message):
             parse_options(["--model", "miniature", *options])

@@ -291,7 +291,7 @@ def test_misfits_and_bad_numbers_are_refused_and_nothing_is_changed(model, bare,
         r"final_layer_norm.bias \(3,\), not \(32,\)": bare | {last: torch.zeros(3)},
         f"{inner} holds NaN or infinity": bare | {inner: bare[inner] / 0},
         f"{last} holds NaN or infinity": bare | {last: torch.tensor([float("-inf")] + [0.0] * 31).half()},
-        "width 64, the model's has 32": bare | {"embeddings.token_embedding.weight": torch.zeros(49408, 64)},
+        "hidden size 64, but the model's is 32": bare | {"embeddings.token_embedding.weight": torch.zeros(49408, 64)},
     }
     for problem, state in cases.items():
         save_file(state, path)

@@ -211,7 +211,7 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
             predict = partial(predict_noise, networks.unet, guidance)
             banked_latents(bank, predict, scheduler, z, original, prompts, noise)
             if bank.problems:
-                raise UserError(f"--fill: {bank.problems[0]}; free some space, and the same command goes on")
+                raise UserError(f"--fill: {bank.problems[0]}; free some space and repeat the command to continue")
             done += len(numbers)
             bar.update(len(numbers))
 
@@ -219,5 +219,5 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
         try:
             fill()
         except KeyboardInterrupt:
-            raise UserError("--fill: stopped; what is computed is kept, and the same command goes on") from None
+            raise UserError("--fill: stopped; finished entries are kept; repeat the command to continue") from None
     accelerator.wait_for_everyone()

@@ -23,10 +23,10 @@ OPTIONS = (
     ("--model",            "./stable-diffusion-v1-5", "SD v1 folder, single file or hub id; or `miniature`"),
     ("-o --output_path",   "heatmaps.png",            "the picture to write, a PNG file"),
     ("--step",             25,                        "T, number of DDIM steps"),
-    ("--grad_steps",       TEST_TUNED_STEPS,          "K, last steps, driven by the tuned encoder and mapped"),
+    ("--grad_steps",       TEST_TUNED_STEPS,          "last steps that use the tuned encoder; the maps average them"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--seed",             TEST_SEED,                 "seed of the noise, which both images share"),
-    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "of the networks; the maps are always fp32"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "precision of the networks; maps are always fp32"),
 )
 # fmt: on
 

@@ -28,7 +28,7 @@ def add_lora(network: nn.Module, part: str, rank: int, alpha: float, seed: int) 
     endings = tuple(f".{name}" for name in LAYERS[part])
     for name, layer in network.named_modules():
         if name.endswith(endings) and rank > min(layer.weight.shape):
-            raise UserError(f"--lora_rank {rank}: {name} has only {min(layer.weight.shape)} inputs or outputs")
+            raise UserError(f"--lora_rank {rank}: too large for {name}; use at most {min(layer.weight.shape)}")
     # peft would make the new weights in the network's own precision; so it makes them without contents.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*LAYERS[part]])
     inject_adapter_in_model(config, network, low_cpu_mem_usage=True)

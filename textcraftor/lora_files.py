@@ -93,8 +93,8 @@ def with_lora(
         if weight is None or weight.shape != (len(up), *down.shape[1:]) or up.flatten(1).shape[1] != len(down):
             found = "has no such layer" if weight is None else f"has {tuple(weight.shape)} there"
             raise UserError(
-                f"{path}: this LoRA changes {layer} by {tuple(up.shape)} times {tuple(down.shape)}, and the model "
-                f"{found}; expected a LoRA of this model"
+                f"{path}: its LoRA of {layer} has the shapes {tuple(up.shape)} and {tuple(down.shape)}, but the model "
+                f"{found}; expected a LoRA trained on this model"
             )
         change = scale * (up.double().flatten(1) @ down.double().flatten(1)).view(weight.shape)
         weights[f"{layer}.weight"] = (weight.cpu().double() + change).to(weight)  # Apple's GPUs have no float64
@@ -130,7 +130,8 @@ def _read_factors(states, part, layers, path):
         alpha = alphas.get(layer, settings.get("alpha_pattern", {}).get(layer, settings.get("lora_alpha", len(down))))
         factors[layer] = Factors(down, up, alpha / len(down))
     if halves or settings.get("use_rslora") or settings.get("use_dora"):
-        raise UserError(f"{path}: is a LoRA of a kind that this program does not know ({next(iter(halves), 'rsLoRA')})")
+        found = next(iter(halves), "rsLoRA or DoRA")
+        raise UserError(f"{path}: unsupported kind of LoRA ({found}); expected plain lora_A and lora_B matrices")
     return factors
 
 

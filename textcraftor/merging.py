@@ -46,6 +46,6 @@ def check_same(
     width, other_width = (each["text_model.embeddings.token_embedding.weight"].shape[1] for each in (state, other))
     if width != other_width:
         raise UserError(
-            f"{path}: has width {width}, {other_path} has {other_width}; expected text encoders of one model"
+            f"{path}: hidden size {width}, but {other_path} has {other_width}; expected encoders of the same model"
         )
     check_fit(path, f"text encoder in {other_path}", state, other)

@@ -39,7 +39,7 @@ def parse_weighted(spec: str) -> Weighted:
         if "/" in weight or "." in weight:  # the "=" belongs to the path, which check_text_encoder judges later
             return Weighted(spec)
     if not math.isfinite(number):
-        raise UserError(f"{spec}: {weight or 'nothing'} is no weight; expected a finite number, as in {path}=0.6")
+        raise UserError(f"{spec}: {weight or 'nothing'} is not a weight; expected a finite number, as in {path}=0.6")
     return Weighted(path, number)
 
 

@@ -181,7 +181,7 @@ def check_configs(folder: Path) -> None:
     width, expected = text_config.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
     if width != expected:
         raise UserError(
-            f"{folder}: its text encoder has width {width}, its UNet expects {expected} (cross_attention_dim): "
+            f"{folder}: its text encoder has hidden size {width}, its UNet expects {expected} (cross_attention_dim): "
             "they belong to different models"
         )
     if unet.get("class_embed_type") or unet.get("num_class_embeds"):

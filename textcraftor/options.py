@@ -131,7 +131,7 @@ def reward_specs(named, own, monitors):
     names = [spec.rpartition(":")[2] for spec in (*weighted, *monitored)]
     for name in names:
         if name in (*COLUMNS, *TERMS) or names.count(name) > 1:
-            raise UserError(f"two columns of metrics.csv would be called {name}; rename the function")
+            raise UserError(f"metrics.csv would get two columns named {name}; rename your reward function")
     return weighted, monitored
 
 

@@ -89,7 +89,7 @@ def _fitting(tuned, own):
     width, expected = tuned.config.hidden_size, own.config.hidden_size
     if width != expected:
         raise UserError(
-            f"the tuned text encoder has width {width}, the pipeline's has {expected}: they are of different models"
+            f"the tuned text encoder has hidden size {width}, the pipeline's {expected}: they are of different models"
         )
     return tuned
 
@@ -132,7 +132,7 @@ class _Switch:
             for encoder, weight in self.tuned:
                 if encoder.get_input_embeddings().num_embeddings < own.get_input_embeddings().num_embeddings:
                     raise UserError(
-                        "the tuned text encoder lacks tokens that textual inversion added to the pipeline's own; load "
+                        "textual inversion added tokens to the pipeline's text encoder but not to the tuned one; load "
                         "them into both"
                     )
                 pipeline.text_encoder = encoder.to(device)

@@ -214,8 +214,8 @@ def make_scheduler(config, steps, name="DDIM"):
     """
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         raise UserError(
-            "the model's scheduler has rescale_betas_zero_snr with prediction_type epsilon: pure noise at the first "
-            "step says nothing about the image; set prediction_type to v_prediction in scheduler_config.json"
+            "the model's scheduler has rescale_betas_zero_snr and prediction_type epsilon, but epsilon says nothing "
+            "about the image at zero SNR; set prediction_type to v_prediction in scheduler_config.json"
         )
     if name != "DDIM":
         own = {"skip_prk_steps": True} if name == "PNDM" else {}  # as in SD v1.5: no Runge-Kutta steps of 4 evaluations

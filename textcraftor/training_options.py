@@ -27,8 +27,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--weights",          str(REPOSITORY),           "folder that holds hpsv2/, pickscore/ and aesthetic/"),
     ("--text_path",        "",                        "tuned text encoder to start from (frozen with --lr_text 0)"),
     ("--prompts",          "openprompts.csv",         "training prompts: a csv, tsv, txt, jsonl or parquet file"),
-    ("--method",           ("prompts", "direct"),     "direct = one prediction from noised --images (3.2.1)"),
-    ("--images",           "",                        "--method direct: pictures with captions, a folder"),
+    ("--method",           ("prompts", "direct"),     "direct = noise --images, then denoise in one step (sec. 3.2.1)"),
+    ("--images",           "",                        "folder of captioned pictures, for --method direct"),
     ("--val_prompts",      "",                        "held-out prompts (default: the first of --prompts)"),
     ("--val_count",        16,                        "number of held-out prompts"),
     ("--output-path",      "output",                  "folder for weights, metrics, pictures and training state"),
@@ -37,32 +37,33 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--reward",           [],                        "your own reward: path/to/file.py:function=weight (repeatable)"),
     ("--monitor",          [],                        "rewards to report but not train on: names or file.py:function"),
     # Against gaming the rewards; all off by default.
-    ("--clip_constraint",  0.0,                       "eq. 8: weight of 100 cos(image, T(p)), T in training"),
-    ("--anchor",           0.0,                       "penalty on 1 - cos(tuned, original embedding); try 0.1"),
-    ("--shared_text",      1.0,                       "weight of what all prompts share in rewards; try 0.3"),
-    ("--smooth",           0.0,                       "score images moved so far against its gradient; try 0.01"),
-    ("--ema",              0.0,                       "decay of weights' average, up to (1+step)/(10+step); try 0.995"),
+    ("--clip_constraint",  0.0,                       "weight of 100 cos(image, tuned text embedding), eq. 8; 0 = off"),
+    ("--anchor",           0.0,                       "weight of penalty 1 - cos(tuned, original embedding); try 0.1"),
+    ("--shared_text",      1.0,                       "scale of the text features' mean direction; 1 = off, try 0.3"),
+    ("--smooth",           0.0,                       "shift pixels by this RMS toward a lower reward first; try 0.01"),
+    ("--ema",              0.0,                       "EMA decay of the weights, ramped up; 0 = no EMA, try 0.995"),
     # Training.
     ("--lr_text",          1e-6,                      "learning rate of the text encoder; 0 = frozen"),
     ("--lr_unet",          0.0,                       "learning rate of the UNet; 0 = frozen"),
     ("--lora_rank",        0,                         "train a LoRA of this rank, not all weights; 0 = all weights"),
-    ("--lora_alpha",       0.0,                       "scale of the LoRA: alpha / rank; 0 = the rank, a scale of 1"),
+    ("--lora_alpha",       0.0,                       "LoRA alpha (its scale is alpha / rank); 0 = same as the rank"),
     ("--lr_warmup_steps",  0,                         "steps of linear learning-rate warm-up"),
     ("--lr_scheduler",     ("constant_with_warmup", "linear", "cosine"), "schedule after warm-up"),
     ("--max_grad_norm",    0.0,                       "clip the gradient to this norm; 0 = no clipping"),
     # Sampling.
     ("--step",             25,                        "T, number of DDIM sampling steps"),
-    ("--gradient",         ("last_k", "drtune", "refl"), "last K steps, K of the last --driven, or 1 of them"),
-    ("--grad_steps",       "5",                       "K, steps with gradient; 1-5 = drawn for each update"),
-    ("--driven",           15,                        "drtune, refl: draw the steps with gradient from so many last"),
+    ("--gradient",         ("last_k", "drtune", "refl"), "last_k: last K steps; drtune: K of --driven; refl: one"),
+    ("--grad_steps",       "5",                       "K, number of steps with gradient; 1-5 = random per update"),
+    ("--driven",           15,                        "drtune, refl: pick the steps with gradient from this many last"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
     ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
-    ("--bank",             "",                        "folder that keeps prompts' first steps; runs may share it"),
-    ("--reuse",            1,                         "times to train on each prompt and noise, sampled once"),
-    ("--fill",             False,                     "only compute the --bank of the whole run, then stop"),
-    ("--tune_unconditional", ("", "on", "off"),       "tune the empty prompt, too (SD v1.5: on; miniature: off)"),
-    ("--t_min",            0,                         "--method direct: least noise, as a time step"),
-    ("--t_max",            999,                       "--method direct: most noise, as a time step"),
+    ("--bank",             "",                        "cache folder for first sampling steps (--reuse: OUTPUT/bank)"),
+    ("--reuse",            1,                         "times to train on each prompt and noise, from cached steps"),
+    ("--fill",             False,                     "fill the --bank for the whole run, then stop; no training"),
+    ("--tune_unconditional", ("", "on", "off"),       "tune the empty prompt too (default: as --text_path was tuned, "
+                                                      "else on; miniature: off)"),
+    ("--t_min",            0,                         "--method direct: lowest timestep to noise the images to"),
+    ("--t_max",            999,                       "--method direct: highest timestep to noise the images to"),
     # Batches and duration.
     ("--batch-size",       4,                         "prompts per micro-batch on each GPU"),
     ("--gradient_accumulation_steps", 1,              "micro-batches per optimizer step"),
@@ -75,8 +76,8 @@ OPTIONS = (  # Defaults: the released script's. Names may be written with `_` or
     ("--resume",           False,                     "continue the run in --output-path"),
     ("--seed",             0,                         "random seed of prompt order and noise"),
     # Speed and memory.
-    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 where it is fast, else fp32 (no)"),
-    ("--gradient_checkpointing", ("full", "none"),    "none = 12 % less compute, much more memory"),
+    ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "auto = bf16 if the hardware is fast at it; no = fp32"),
+    ("--gradient_checkpointing", ("full", "none"),    "none = 12 % less compute, but keeps all activations"),
     ("--vae_checkpointing", False,                    "recompute the VAE one image at a time, to save memory"),
     ("--compile",          False,                     "torch.compile the UNet's transformer blocks"),
     # Tracking.
@@ -150,9 +151,7 @@ def check_options(args):
     if args.ema >= 1:
         raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
     if args.anchor and not args.lr_text:
-        raise UserError(
-            f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen, so nothing can drift; leave one out"
-        )
+        raise UserError(f"--anchor {args.anchor} --lr_text 0: the text encoder is frozen; leave out one of the two")
     if not 0 <= args.t_min <= args.t_max <= 999:
         raise UserError(f"--t_min {args.t_min} --t_max {args.t_max}: expected 0 <= t_min <= t_max <= 999")
     if (args.method == "direct") != bool(args.images):
@@ -160,7 +159,7 @@ def check_options(args):
     args.grad_steps = str(args.grad_steps)  # the miniature's default is a number
     args.grad_range = read_range("grad_steps", args.grad_steps)
     if args.gradient == "refl" and args.grad_range != (1, 1):
-        raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: this way has gradient in one step; use 1")
+        raise UserError(f"--gradient refl --grad_steps {args.grad_steps}: refl uses one step; add --grad_steps 1")
     name, among = ("step", args.step) if args.gradient == "last_k" else ("driven", args.driven)
     if not args.grad_range[1] <= among <= args.step <= 1000:
         driven = "" if name == "step" else f" --driven {args.driven}"
@@ -178,9 +177,9 @@ def check_options(args):
         raise UserError(f"--lora_alpha {args.lora_alpha} scales a LoRA; set its rank as well, such as --lora_rank 16")
     if args.lora_rank and args.lr_text and args.text_path:
         raise UserError(
-            f"--lora_rank {args.lora_rank} --text_path {args.text_path}: the LoRA's file would hold only what it adds "
-            "to these weights, and all programs add it to the original encoder's; start it from the original encoder "
-            "(leave out --text_path), or train all weights (leave out --lora_rank)"
+            f"--lora_rank {args.lora_rank} --text_path {args.text_path}: a LoRA can only start from the original "
+            "text encoder, to which every program adds it; leave out --text_path, or leave out --lora_rank to train "
+            "all weights"
         )
     if args.epochs == args.max_steps == 0:
         raise UserError("--epochs 0 --max_steps 0: training would never end; limit one of them")
@@ -198,7 +197,7 @@ def check_used(args, given: set[str]):
     if args.method == "prompts":
         unused |= dict.fromkeys(("t_min", "t_max"), "--method direct --images FOLDER")
     for name in sorted(given & unused.keys()):
-        raise UserError(f"--{name} {getattr(args, name)}: only {unused[name]} uses it; add that, or leave this out")
+        raise UserError(f"--{name} {getattr(args, name)}: only works with {unused[name]}; add that, or drop --{name}")
 
 
 def check_bank(args):
@@ -207,10 +206,10 @@ def check_bank(args):
     why = {
         bool(args.lr_unet): "--lr_unet trains the UNet, which changes them",
         args.method == "direct": "--method direct has none",
-        not first_tuned and args.gradient != "refl": f"of {args.step} steps all are tuned",
+        not first_tuned and args.gradient != "refl": f"all {args.step} steps are tuned",
     }.get(True)
     if why:
-        raise UserError(f"--bank and --reuse keep the first sampling steps, and {why}; leave them out")
+        raise UserError(f"--bank and --reuse cache the first sampling steps, but {why}; leave both out")
     check_writable(args.bank, "--bank")
 
 

@@ -108,7 +108,7 @@ def read_text_encoder(path: Path | str, base: Path | str) -> dict[str, torch.Ten
     states = _read_tuned(path, "text_encoder")
     if is_lora(states):
         if path == base:
-            raise UserError(f"{base}: is a LoRA, which changes a model; name the model that it changes")
+            raise UserError(f"{base}: is a LoRA; expected the whole model or text encoder that it was trained on")
         return with_lora(read_text_encoder(base, base), states, "text_encoder", path)
     state = text_encoder_state(states, path)
     check_finite(state, path)
@@ -124,7 +124,7 @@ def fill_text_encoder(text_encoder: CLIPTextModel, state: dict[str, torch.Tensor
     """Load what text_encoder_state returned."""
     width, own_width = state["embeddings.token_embedding.weight"].shape[1], text_encoder.config.hidden_size
     if width != own_width:
-        raise UserError(f"{path}: its text encoder has width {width}, the model's has {own_width}: of another model")
+        raise UserError(f"{path}: hidden size {width}, but the model's is {own_width}; expected its own text encoder")
     load_public_state(text_encoder, {_text_name(name): value for name, value in state.items()}, path)
 
 

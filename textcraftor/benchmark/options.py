@@ -47,13 +47,13 @@ OPTIONS = (
     ("--step",             25,                  "T, number of sampling steps"),
     ("--grad_steps",       TEST_TUNED_STEPS,    "number of last steps that use the tuned text encoder"),
     ("--guidance",         7.5,                 "classifier-free guidance scale"),
-    ("--tune_unconditional", ("", "on", "off"), "tuned encoder for the empty prompt, too"),
-    ("--bank",             "",                  "keep the first steps here, for tests of other encoders (DDIM only)"),
+    ("--tune_unconditional", ("", "on", "off"), "tuned encoder for the empty prompt too (default: as trained, or on)"),
+    ("--bank",             "",                  "folder that caches the first steps for later tests (DDIM only)"),
     ("--prompt_weighting", 1.0,                 "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--seed",             TEST_SEED,           "seed of the noise; each prompt has its own noise"),
     ("--batch-size",       8,                   "images per batch on each device"),
     ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "precision of image generation; scores are always fp32"),
-    ("--score_prompt",     ("", "extended", "original"), "prompts to score with in --prompt_eng (default: extended)"),
+    ("--score_prompt",     ("", "extended", "original"), "with --prompt_eng: prompt to score (default: extended)"),
 )
 # fmt: on
 # Options that change the images. The images of --score_only were made without them.
@@ -143,11 +143,11 @@ def check_options(args):
     check_tuned_steps(args)
     if args.bank and (args.scheduler != "DDIM" or args.score_only or args.grad_steps == args.step):
         why = {
-            args.scheduler != "DDIM": f"--scheduler {args.scheduler} needs more than the latents to go on from",
-            args.grad_steps == args.step: f"with --grad_steps {args.grad_steps} there are none",
+            args.scheduler != "DDIM": f"--scheduler {args.scheduler} cannot continue from cached latents",
+            args.grad_steps == args.step: f"--grad_steps {args.grad_steps} tunes every step",
             bool(args.score_only): "--score_only makes no images",
         }[True]
-        raise UserError(f"--bank keeps the steps before the tuned ones, and {why}; leave it out")
+        raise UserError(f"--bank caches the steps before the tuned ones, but {why}; leave --bank out")
     if args.bank:
         check_writable(args.bank, "--bank")
     if args.score_only and not Path(args.score_only).is_dir():

@@ -44,7 +44,7 @@ def lora_of_difference(
             squared["not covered"] += size
             continue
         if rank > min(change.shape):
-            raise UserError(f"--lora_rank {rank}: {layer} has only {min(change.shape)} inputs or outputs")
+            raise UserError(f"--lora_rank {rank}: too large for {layer}; use at most {min(change.shape)}")
         u, s, v = torch.linalg.svd(change, full_matrices=False)
         root = s[:rank].sqrt()
         factors[layer] = Factors(root[:, None] * v[:rank], u[:, :rank] * root)

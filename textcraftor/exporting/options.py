@@ -22,7 +22,7 @@ OPTIONS = (
     ("--lora_rank",        16,                        "rank of the LoRA; more is closer to the tuned encoder"),
     ("--push_to_hub",      "",                        "USER/NAME on the hub to upload to, with a model card"),
     ("--private",          False,                     "make a new hub repository private"),
-    ("--run",              "",                        "run for the model card (default: --text_path's folder)"),
+    ("--run",              "",                        "training run to describe (default: folder of --text_path)"),
 )
 # fmt: on
 

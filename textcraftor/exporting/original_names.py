@@ -53,7 +53,10 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     state, layers = unet.state_dict(), unet.config.layers_per_block
     kinds = unet.config.up_block_types
     if not isinstance(layers, int):
-        raise UserError("the UNet has levels of unequal depth, which the original code does not know; use another form")
+        raise UserError(
+            "the UNet has different numbers of layers in its levels, which the original code cannot express; use "
+            "--form diffusers"
+        )
     names = {name: _unet_name(name, layers, kinds) for name in state}
     original = {f"{LDM_UNET}{names[name]}": value for name, value in state.items()}
     _check(state, convert_ldm_unet_checkpoint(original, dict(unet.config)), "UNet")
