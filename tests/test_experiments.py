@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import runs, ways
+from experiments import empty_prompt, figure6, over_optimisation, runs, table1, table4, ways
 from textcraftor.errors import UserError
 from textcraftor.training_options import parse_options
 
@@ -28,7 +28,8 @@ def trainings(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "options.json").write_text("{}")
         (folder / "metrics.csv").touch()
-        (folder / f"tc_text_e_0_iter_{options.max_steps}.safetensors").write_text(json.dumps(command))
+        for part in ("tc_text", "tc_unet"):
+            (folder / f"{part}_e_0_iter_{options.max_steps}.safetensors").write_text(json.dumps([part, *command]))
 
     monkeypatch.setattr(runs, "FOLDER", tmp_path)
     monkeypatch.setattr(runs, "run_training", run)
@@ -113,3 +114,33 @@ def test_what_a_way_costs_counts_the_first_steps_of_each_sample_once(monkeypatch
     assert ways.updates_for(default, 640 * 3) == 40
     most = ways.updates_for(reused, 640 * 3)
     assert ways.spent(reused, most) <= 640 * 3 < ways.spent(reused, most + 1)
+
+
+@pytest.mark.parametrize(
+    "program, rows",
+    ((table1, 26), (table4, 25), (figure6, 13), (over_optimisation, 16), (ways, 49), (empty_prompt, 3)),
+)
+def test_programs_train_what_they_need_and_print_every_row(program, rows, trainings, tmp_path, monkeypatch, capsys):
+    """Every run and test has scores of its own here: rows that are alike would be the same weights twice."""
+
+    def kept(key, compute):
+        generator = torch.Generator().manual_seed(int(runs.short_hash(key), 16))
+        names = {"scores": runs.SCORES, "diversity": ["diversity"], "flops": ["flops"]}[key[0]]
+        return {name: torch.rand(runs.PROMPTS, generator=generator) for name in names}
+
+    monkeypatch.setattr(runs, "kept", kept)
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    for module in (table1, figure6):
+        monkeypatch.setattr(module, "draw", lambda shown, to: to.touch())
+    monkeypatch.setattr(table1, "pictures", lambda: tmp_path)
+    for module in (table1, ways):
+        monkeypatch.setattr(module, "flops", lambda *flags, updates=1, banked=False: 1.0 if banked else 2 + len(flags))
+    program.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    starts = [number - 1 for number, line in enumerate(lines) if line.startswith("| ---")]
+    tables = [lines[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert sum(len(table) - 2 for table in tables) == rows
+    for header, _, *body in tables:
+        scores = [line.split(" | ")[-3:] for line in body if " | 0 | " not in line]
+        assert "clean" not in header or all(scores.count(row) == 1 for row in scores), header
