@@ -211,12 +211,12 @@ def experiment(main: Callable[[], None], description: str) -> None:
     def program():
         make_parser(description, ()).parse_args()
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # so that all machines compute alike
-        main()
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise UserError("stopped; repeat the command to continue from here") from None
 
-    try:
-        run_program(program)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    run_program(program)
 
 
 def row(*cells: str) -> str:

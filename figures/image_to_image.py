@@ -3,6 +3,8 @@
 python -m figures.image_to_image --model miniature --image photo.jpg
 """
 
+import math
+
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from figures.common import IMAGE, load, original_and_tuned, parse, starting_picture, write
@@ -12,8 +14,9 @@ from textcraftor.errors import UserError, run_program
 def main(argv=None):
     strength = ("--strength", 0.8, "how much to change: 0.8 skips the first fifth of the steps")
     args = parse(__doc__, "image_to_image", (IMAGE, strength), argv)
-    if not 0.04 <= args.strength <= 1:
-        raise UserError(f"--strength {args.strength}: must be between 0.04, a single step, and 1")
+    if not (args.strength <= 1 and int(args.step * args.strength) >= 1):
+        least = math.ceil(100 / args.step) / 100
+        raise UserError(f"--strength {args.strength}: must be between {least}, a single step of {args.step}, and 1")
     pipeline = load(args)
     image = starting_picture(pipeline, args)
     pipeline = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)

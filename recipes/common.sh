@@ -7,8 +7,8 @@ case " $* " in
     *) miniature='' output=$repository/output ;;
 esac
 
-# train IMAGES OPTIONS...: train with IMAGES per optimizer step on any number of GPUs, in micro-batches of 4 per GPU (or
-# of the --batch-size among the options), and write to output_RECIPE. All recipes share 25 steps, K = 5, a learning rate
+# train IMAGES OPTIONS...: train with IMAGES per optimizer step on any number of GPUs, in micro-batches of $per_gpu, by
+# default 4, per GPU (or of the --batch-size among the options), and write to output_RECIPE. All recipes share 25 steps, K = 5, a learning rate
 # of 1e-6 and 10,000 updates of the text encoder; options given here come later and win. With `--model miniature` the
 # batch, K, the text encoder's learning rate and the number of updates are the miniature's own.
 train() {
@@ -17,7 +17,7 @@ train() {
     if [ "$miniature" ]; then
         launch train_textcraftor.py --output-path "${output}_$recipe" "$@"
     fi
-    batch=4 last=
+    batch=${per_gpu:-4} last=
     for option; do
         case $last in --batch-size | --batch_size) batch=$option ;; esac
         case $option in --batch-size=* | --batch_size=*) batch=${option#*=} ;; esac
@@ -37,7 +37,7 @@ train() {
     fi
     launch train_textcraftor.py --model "$repository/stable-diffusion-v1-5" --prompts "$repository/openprompts.csv" \
         --output-path "${output}_$recipe" --step 25 --guidance 7.5 --grad_steps 5 --lr_text 1e-6 --lr_unet 0 \
-        --max_steps 10000 --batch-size 4 --gradient_accumulation_steps "$accumulation" "$@"
+        --max_steps 10000 --batch-size "$batch" --gradient_accumulation_steps "$accumulation" "$@"
 }
 
 # The options for reward $1 without the other two, at the weights of paper.sh.

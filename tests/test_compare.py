@@ -74,6 +74,19 @@ def picture(uri):
 # Runs
 
 
+def test_rows_beyond_a_lower_limit_do_not_keep_runs_from_being_compared(runs):
+    """test_parti.py with a lower --limit keeps the rows beyond it; fewer rows than the summary says are an error."""
+    for scored, fits in ((30, True), (COUNT + 1, False)):
+        path = Path(runs[0]) / "summary.json"
+        tiny.write_json(path, json.loads(path.read_text()) | {"images": {"scored": scored, "of": COUNT}})
+        if fits:
+            main([*runs])
+            assert compared()
+        else:
+            with pytest.raises(UserError, match=f"has {COUNT} scored images, summary.json says {COUNT + 1}"):
+                main([*runs, "--output_path", "again"])
+
+
 def test_runs_are_paired_by_prompt_and_what_is_left_out_is_counted(runs, capsys):
     make_run("third", 0.2, {"seed": 7}, unread=(4, 5), absent=(0, 1, 2))
     main([*runs, "third"])

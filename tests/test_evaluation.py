@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rewards import load_reward
 from rewards.hpsv2 import prepare
@@ -627,6 +627,14 @@ def test_prompts_are_extended_before_generation_and_both_are_kept(parti, languag
         expected = clip(pictures, rows[column].tolist())
         np.testing.assert_allclose(table(folder)["clip"], expected.numpy(), atol=2e-3)
     assert (table("original")["clip"] - rows["clip"]).abs().max() > 1e-2
+
+
+def test_a_language_model_without_a_longest_text_extends_prompts(tmp_path, language_model):
+    """Bloom's positions have no limit, and its config no max_position_embeddings."""
+    config = BloomConfig(vocab_size=49408, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path)
+    assert extend_prompt(*load_extender(str(tmp_path), "cpu"), "a fox", 1, 0).startswith("a fox,")
 
 
 # Parts

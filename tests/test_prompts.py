@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -155,6 +156,28 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         assert problem in refusal(path), (content, problem)
     (tmp_path / "folder.csv").mkdir()
     assert "is a folder" in refusal(tmp_path / "folder.csv")
+
+
+def test_damaged_archives_and_endless_brackets_are_no_tracebacks(tmp_path):
+    """Bytes changed anywhere in a compressed file end in one line, unless what it holds can be read all the same."""
+    whole, rng, refused = (
+        gzip.compress("".join(f"prompt {i} of many\n" for i in range(300)).encode()),
+        random.Random(0),
+        0,
+    )
+    for name in ("p.csv.gz", "p.tsv.gz", "p.jsonl.gz", "p.txt.gz"):
+        for _ in range(20):
+            content = bytearray(whole)
+            content[rng.randrange(10, len(content))] ^= rng.randrange(1, 256)
+            write(tmp_path / name, bytes(content))
+            try:
+                read_prompts(str(tmp_path / name))
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 40
+    write(tmp_path / "p.jsonl", '{"prompt": "a cat"}\n' + "[" * 200_000 + '\n{"prompt": "a dog"}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"))[0] == ["a cat", "a dog"]
 
 
 def test_compressed_files(tmp_path):

@@ -30,7 +30,7 @@ import textcraftor.options
 import train_textcraftor
 from rewards import load_reward
 from textcraftor import precision, processes, run_folder, training_options
-from textcraftor.errors import UserError
+from textcraftor.errors import UserError, run_program
 from textcraftor.models import load_model, make_networks
 from textcraftor.sampling import make_images, make_scheduler
 from textcraftor.stream import training_batch
@@ -117,6 +117,31 @@ def table(folder):
 def same_weights(first, second):
     first, second = load_file(first), load_file(second)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_that_ends_before_its_first_update_says_why_and_starts_again(work, command, capsys):
+    (work / "large.py").write_text(
+        "import torch\n\ndef large(images, prompts):\n    if images.requires_grad:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore')\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    failing = [*command, "--reward", "large.py:large=1"]
+    with pytest.raises(SystemExit) as stopped:
+        run_program(lambda: train(*failing))
+    assert "\n" not in str(stopped.value) and "smaller --batch-size" in str(stopped.value)
+    train(*command, "--batch-size", 1)
+    assert [row["step"] for row in table("output")] == ["0", "1", "2", "3", "4"]
+    with pytest.raises(UserError, match="holds a run"):
+        train(*command)
+
+
+def test_ctrl_c_anywhere_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(main)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 # A whole run
@@ -418,6 +443,9 @@ def test_miniatures_defaults_yield_to_flags(tmp_path, monkeypatch):
         (["--grad_steps", "0"], "--grad_steps 0"),
         (["--batch-size", "0"], "--batch_size 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**63)], "must be below 2**63"),
+        (["--guidance", "0.5"], "--guidance 0.5: must be at least 1"),
+        (["--prompt_weighting", "0"], "images would not depend on the tuned text encoder"),
         (["--lr_text", "nan"], "--lr_text nan"),
         (["--lr_text", "0"], "nothing would be trained"),
         (["--lr_text", "quick"], "invalid float value: 'quick'"),

@@ -61,6 +61,17 @@ def test_a_run_says_how_it_sampled_and_later_programs_follow(work, command):  # 
     assert parse_options([*go_on, "--text_path", ""]).tune_unconditional == "off"
 
 
+def test_tests_follow_a_unet_and_the_weighting_too(work, command, files):  # noqa: F811
+    """The encoder's settings win where both have some."""
+    run = ["--max_steps", 1, "--lr_text", 0, "--lr_unet", "1e-6", "--guidance", 4, "--prompt_weighting", 0.5]
+    train(*command, *run)
+    unet = ["--output_path", "x", "--unet_path", "output/tc_unet.safetensors"]
+    test = parse_test_options(PARTI, "", ["--text_path", "", *unet])
+    assert (test.step, test.guidance, test.prompt_weighting) == (3, 4, 0.5)
+    test = parse_test_options(PARTI, "", ["--text_path", files["on"], *unet])
+    assert (test.step, test.grad_steps, test.guidance, test.prompt_weighting) == (10, 6, 3, 0.5)
+
+
 def test_a_hub_id_says_what_its_weights_say(files, monkeypatch):
     """Whatever name of the two its text encoder has there; without a network, loading the weights complains."""
     for name in ENCODERS:
@@ -104,7 +115,7 @@ def test_test_programs_and_pipelines_make_the_same_image(stable_diffusion, files
     for how, both in (("on", True), ("off", False)):
         settings = {"seed": 5, "grad_steps": 6, "guidance": 3.0, "tune_unconditional": both}
         ours = generate(pipeline, tuned, ["a red fox"], [7], **settings)
-        attach_encoder(pipeline, files[how], 6)
+        attach_encoder(pipeline, files[how])  # 6 steps, as the files say
         stock = pipeline("a red fox", num_inference_steps=10, guidance_scale=3.0, output_type="pt").images
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
         images[how] = ours

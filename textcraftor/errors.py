@@ -18,7 +18,7 @@ def first_line(error: Exception) -> str:
 
 
 def run_program(main) -> None:
-    """Call main(); on a UserError, exit with its message and no traceback.
+    """Call main(); on a UserError, a GPU without enough memory, or Ctrl-C, exit with one line and no traceback.
 
     If one of several processes fails, only that one reports why; the others wait for the launcher to end them.
     """
@@ -31,7 +31,15 @@ def run_program(main) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # every process probably has this error: let rank 0 report it
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)  # as shells report Ctrl-C
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every program imports
+            sys.exit(
+                f"error: {first_line(error)} Use a smaller --batch-size; in training, more "
+                "--gradient_accumulation_steps make up for it, and --vae_checkpointing needs less memory for each image"
+            )
         if any(backend in str(error) for backend in ("gloo", "NCCL")):
             time.sleep(30)  # another process probably failed first: the launcher ends this one
         raise

@@ -23,7 +23,7 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.files import write_whole
 from textcraftor.image_files import upright_rgb
 from textcraftor.prompt_columns import choose_column, choose_delimiter
-from textcraftor.prompt_formats import MISTAKEN, arrow_kind, arrow_texts, json_records
+from textcraftor.prompt_formats import MISTAKEN, UNREADABLE, arrow_kind, arrow_texts, json_records
 from textcraftor.prompt_tables import SAMPLE, open_utf8, suffix_of
 
 # Those that Pillow cannot open without a plug-in are here too, so that they are reported and not overlooked.
@@ -194,7 +194,7 @@ def _table(path, skipped):
             raise UserError(f"{path}: is not a parquet file: it does not begin with PAR1")
         else:
             yield from _listed(path, json_records(path), skipped)
-    except (ValueError, TypeError, OSError, EOFError, csv.Error) as problem:
+    except UNREADABLE as problem:
         raise UserError(f"{path}: not a readable {suffix_of(path)[1:]} file ({first_line(problem)})") from problem
 
 

@@ -90,6 +90,8 @@ def require(args, bounds):
         for name in names.split():
             if not bound <= getattr(args, name) < math.inf:
                 raise UserError(f"--{name} {getattr(args, name)}: must be at least {bound}")
+            if name == "seed" and args.seed >= 2**63:
+                raise UserError(f"--seed {args.seed}: must be below 2**63, as random number generators need it")
 
 
 def check_tuned_steps(args):

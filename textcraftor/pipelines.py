@@ -16,11 +16,11 @@ from transformers import CLIPTextModel
 from textcraftor.errors import UserError
 from textcraftor.mixing import mix
 from textcraftor.options import TEST_TUNED_STEPS
-from textcraftor.recorded import tunes_unconditional
+from textcraftor.recorded import TESTED, shared_settings, tunes_unconditional
 from textcraftor.weight_files import load_text_encoder, needs_base
 
 
-def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditional=None):
+def attach_encoder(pipeline, tuned, tuned_steps=None, tune_unconditional=None):
     """Let a tuned text encoder drive the last steps of each later call of `pipeline(prompt, …)`.
 
     pipeline: a pipeline of diffusers for SD v1 or SDXL. It takes the same arguments as before, except prompt_embeds and
@@ -28,7 +28,8 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditi
     A callback_on_step_end still works, but prompt_embeds that it returns have no effect in the tuned steps.
     tuned: a CLIPTextModel, or weights as load_text_encoder takes them; or a list [(tuned, w), …] of several with their
     weights, for Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (Figures 4 and 5). With the next prompt it moves to the pipeline's device.
-    tuned_steps: how many steps at the end of a call, at least 0. Image to image, which skips the first steps, has as
+    tuned_steps: how many steps at the end of a call, at least 0; by default as many as the weight files say that they
+    were trained for, and 15 if they do not say. Image to image, which skips the first steps, has as
     many tuned ones as text to image. What counts is steps, not evaluations of the UNet: second-order schedulers need
     two for each step but the last, and PNDM two for the first.
     tune_unconditional: whether the tuned encoder encodes the negative prompt as well; by default as the weight files
@@ -45,8 +46,6 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditi
     if not _is_clip(own):
         found = "no first text encoder" if own is None else f"a {type(own).__name__} as its text encoder"
         raise UserError(f"{name}: has {found}; expected a CLIPTextModel, as in Stable Diffusion v1 and SDXL")
-    if not isinstance(tuned_steps, int) or tuned_steps < 0:
-        raise UserError(f"tuned_steps is {tuned_steps!r}; expected a whole number of steps, 0 or more")
     pairs = tuned if isinstance(tuned, list) else [(tuned, 1.0)]
     weights = [pair[1] if isinstance(pair, tuple) and len(pair) == 2 else type(pair).__name__ for pair in pairs]
     if not weights or not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
@@ -54,8 +53,15 @@ def attach_encoder(pipeline, tuned, tuned_steps=TEST_TUNED_STEPS, tune_unconditi
             "a list of tuned text encoders needs pairs (tuned, weight) with finite weights; found "
             f"{', '.join(map(str, weights)) or 'nothing'}"
         )
+    files = [each for each, _ in pairs if isinstance(each, (str, Path))]
+    if tuned_steps is None:
+        others = set(TESTED) - {"grad_steps"}
+        tuned_steps = shared_settings(files, others, "say how many with tuned_steps").get(
+            "grad_steps", TEST_TUNED_STEPS
+        )
+    if not isinstance(tuned_steps, int) or tuned_steps < 0:
+        raise UserError(f"tuned_steps is {tuned_steps!r}; expected a whole number of steps, 0 or more")
     if tune_unconditional is None:
-        files = [each for each, _ in pairs if isinstance(each, (str, Path))]
         tune_unconditional = tunes_unconditional(files, "say which with tune_unconditional=True or False")
     fitting = [(_fitting(each, own), weight) for each, weight in pairs]
     switch = _Switch(pipeline, fitting, tuned_steps, tune_unconditional)

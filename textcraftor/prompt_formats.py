@@ -3,6 +3,7 @@
 import csv
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from textcraftor.prompt_tables import BOM, SAMPLE, open_utf8, read_table, sift, 
 
 SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 LINES = 100_000  # lines of other files that are read at once
+# What Python's and pyarrow's readers raise for damaged files.
+UNREADABLE = (ValueError, TypeError, OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error)
 # Files that are not what their names say: (how the file begins, what it is and what to do).
 MISTAKEN = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; unpack it, or save the sheet as csv in UTF-8",
@@ -44,7 +47,7 @@ def open_prompts(path: Path) -> tuple[str | None, Iterator[tuple[list[str], list
                 raise UserError(f"{path}: is {mistake}")
         suffix = ".parquet" if start.startswith(b"PAR1") else suffix_of(path)
         opened = {".csv": read_table, ".tsv": read_table, ".txt": _text, ".parquet": _parquet}.get(suffix, _json)(path)
-    except (ValueError, TypeError, OSError, EOFError, lzma.LZMAError, csv.Error) as problem:
+    except UNREADABLE as problem:
         raise _unreadable(path, problem) from problem
     return opened[0], _guarded(path, opened[1])
 
@@ -56,7 +59,7 @@ def _unreadable(path, problem):
 def _guarded(path, pieces):
     try:
         yield from pieces
-    except (ValueError, TypeError, OSError, EOFError, lzma.LZMAError, csv.Error) as problem:
+    except UNREADABLE as problem:
         raise _unreadable(path, problem) from problem
 
 
@@ -117,7 +120,7 @@ def json_records(path):
             file.seek(0)
             try:
                 values = json.loads(file.read().decode("utf-8-sig", "surrogatepass"))
-            except ValueError:  # one array per line
+            except (ValueError, RecursionError):  # one array per line
                 values = None
             if isinstance(values, list):
                 yield from enumerate(values, 1)
@@ -126,7 +129,7 @@ def json_records(path):
         if line is None or line.strip():
             try:
                 yield number, ... if line is None else json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # too many brackets
                 yield number, ...
 
 

@@ -18,7 +18,7 @@ ENCODERS = ("model.safetensors", "text_encoder/model.safetensors")  # in the fol
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.bin)")
 KEY = "textcraftor"  # in the metadata of a safetensors file
 # Options of the test programs whose defaults come from the weights.
-TESTED = ("step", "grad_steps", "guidance", "tune_unconditional")
+TESTED = ("step", "grad_steps", "guidance", "prompt_weighting", "tune_unconditional")
 
 
 def record(settings: Mapping) -> dict[str, str]:

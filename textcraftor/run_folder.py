@@ -20,7 +20,7 @@ def check_folder(folder, resume):
     folder = Path(folder)
     check_writable(folder, "--output-path")
     has_run = (folder / OPTIONS_FILE).is_file()
-    if has_run and not resume:
+    if has_run and not resume and not _stopped_at_once(folder):
         raise UserError(f"{folder} holds a run: continue it with --resume, or choose another --output-path")
     if resume:
         if not has_run:
@@ -28,6 +28,14 @@ def check_folder(folder, resume):
         read_options(folder)
         if not (folder / "metrics.csv").is_file():
             raise UserError(f"--resume: {folder}/metrics.csv is missing; put it back, or start another run elsewhere")
+
+
+def _stopped_at_once(folder):
+    """Whether the run in `folder` ended before its first update, for lack of memory, say: nothing is lost with it."""
+    try:
+        return not any((folder / "resume").glob("step_*")) and len(read_rows(folder / "metrics.csv")) <= 1
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_options(folder):

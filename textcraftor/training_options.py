@@ -144,10 +144,12 @@ def read_range(name, text):
 def check_options(args):
     """Raise UserError (one line) for options that are invalid or contradict each other."""
     require(args, {
-        "step driven reuse batch_size gradient_accumulation_steps val_count": 1,
+        "step driven reuse batch_size gradient_accumulation_steps val_count guidance": 1,
         "lr_text lr_unet lora_rank lora_alpha lr_warmup_steps max_grad_norm max_steps epochs seed keep_checkpoints": 0,
-        "guidance prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
+        "prompt_weighting sample_every val_every save_every anchor smooth ema clip_constraint shared_text": 0,
     })  # fmt: skip
+    if not (args.prompt_weighting or args.lr_unet or args.clip_constraint):
+        raise UserError("--prompt_weighting 0: images would not depend on the tuned text encoder; use more, such as 1")
     if args.ema >= 1:
         raise UserError(f"--ema {args.ema}: must be below 1, such as 0.995; 0 = no average")
     if args.anchor and not args.lr_text:
@@ -225,6 +227,7 @@ def sampling_settings(args):
     grad_steps is that of the test programs, see tested_steps.
     """
     tested = {"step": args.step, "grad_steps": tested_steps(args), "guidance": args.guidance}
+    tested |= {"prompt_weighting": args.prompt_weighting}
     trained = {"gradient": args.gradient, "trained grad_steps": args.grad_steps, "method": args.method}
     return tested | {"tune_unconditional": args.tune_unconditional} | trained
 

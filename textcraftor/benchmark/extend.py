@@ -10,6 +10,7 @@ from textcraftor.errors import UserError, first_line
 from textcraftor.sampling import index_seed
 
 NEW_TOKENS = 50
+LONGEST = 2048  # tokens, for language models without a limit
 _sampling = Lock()  # it uses the global random generator: one thread at a time
 
 
@@ -24,7 +25,17 @@ def load_extender(model, device):
             f"--prompt_eng {model}: cannot be loaded ({first_line(problem)}); expected a folder or hub id of a causal "
             "language model"
         ) from problem
+    if _length(tokenizer, network) <= NEW_TOKENS:
+        raise UserError(
+            f"--prompt_eng {model}: reads {_length(tokenizer, network)} tokens, expected a language model that reads "
+            f"more than the {NEW_TOKENS} that it adds"
+        )
     return tokenizer, network.to(device).eval().requires_grad_(False)
+
+
+def _length(tokenizer, model):
+    """How many tokens the language model reads; some, such as Bloom, have no limit and tokenizers with a huge one."""
+    return getattr(model.config, "max_position_embeddings", None) or min(tokenizer.model_max_length, LONGEST)
 
 
 @torch.no_grad()
@@ -33,7 +44,7 @@ def extend_prompt(tokenizer, model, prompt, seed, index):
 
     Takes one prompt, not a batch: in a batch, random numbers and the logits' last bits depend on the other prompts.
     """
-    room = model.config.max_position_embeddings - NEW_TOKENS
+    room = _length(tokenizer, model) - NEW_TOKENS
     tokens = tokenizer(f"{prompt},", return_tensors="pt", truncation=True, max_length=room).to(model.device)
     with _sampling, torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(index_seed(seed, index))

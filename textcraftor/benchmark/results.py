@@ -156,7 +156,8 @@ def add_result(path, summary):
     cells |= {name: f"{score['mean']:.5g} ± {score['std']:.3g}" for name, score in scores.items()}
     if summary.get("styles"):
         styles = [f"{name} {style['mean']:.2f} ± {style['std']:.2f}" for name, style in summary["styles"].items()]
-        cells |= {"100 × score by style": ", ".join([*styles, f"average {summary['average']:.2f}"])}
+        styles += [f"average {summary['average']:.2f}"]
+        cells |= {"100 × score by style": f"{_hps(summary)}: {', '.join(styles)}"}
     hashes = (f"{name.removesuffix(' (sha256)')} {value[:8]}" for name, value in settings.items() if "(sha256)" in name)
     told = {name: summary.get(name) for name in ("model", "text_path", "unet_path", "prompt_eng", "limit")}
     told |= {name: value for name, value in settings.items() if "(sha256)" not in name and name != "benchmark"}
@@ -176,6 +177,11 @@ def _table_line(cells):
     return f"| {' | '.join(cells)} |\n".encode(errors="backslashreplace")
 
 
+def _hps(summary):
+    """The name of the HPS v2 score, which says its version: 2.0 and 2.1 cannot be compared."""
+    return next(name for name in summary["scores"] if name.startswith("hps"))
+
+
 def describe(summary):
     """The summary of a run as a text table."""
     images, scores = summary["images"], summary["scores"]
@@ -192,9 +198,9 @@ def describe(summary):
         cells = "".join(f"{row[name]:>{width}.4f}" for name, width in widths.items())
         lines.append(f"{label:<26}{row['count']:>11}{cells}")
     for name, style in summary.get("styles", {}).items():
-        lines.append(f"100 × {name:<20}{style['mean']:>11.2f} ± {style['std']:.4f}")
+        lines.append(f"{f'100 × {_hps(summary)}, {name}':<37}{style['mean']:>11.2f} ± {style['std']:.4f}")
     if summary.get("average") is not None:
-        lines.append(f"100 × average{summary['average']:>24.2f}")
+        lines.append(f"{f'100 × {_hps(summary)}, average':<37}{summary['average']:>11.2f}")
     return "\n".join(lines)
 
 
