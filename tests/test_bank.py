@@ -191,7 +191,7 @@ def test_tests_of_several_encoders_share_their_first_steps(stable_diffusion, tmp
     assert torch.equal(first, first_banked) and torch.equal(second, second_banked) and not torch.equal(first, second)
     assert (all_steps, filling, banked) == (3 * 10, 3 * 10, 3 * 6)
     for options in (["--scheduler", "PNDM"], ["--grad_steps", "25"], ["--score_only", str(tmp_path)]):
-        with pytest.raises(UserError, match="--bank .*leave it out"):
+        with pytest.raises(UserError, match="--bank .*leave --bank out"):
             parse_options(PARTI, "", ["--text_path", "", "--bank", str(tmp_path / "x"), *options])
 
 

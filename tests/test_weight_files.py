@@ -260,7 +260,7 @@ def test_other_kinds_of_files_are_named(model, bare, tmp_path, load):
     }
     if load is load_text_encoder:
         cases["a UNet"] = contiguous(model.unet)
-        cases["Stable Diffusion XL|width 1280"] = wide
+        cases["Stable Diffusion XL|hidden size 1280"] = wide
         cases[r"more than one CLIP text encoder in it \(a, b"] = {
             f"{place}.{name}": value + (place == "b") for name, value in bare.items() for place in "ab"
         }
