@@ -142,8 +142,7 @@ def test_inpainting_with_the_miniature_keeps_what_is_not_masked(tmp_path):
     inpainting.main(["--model", "miniature", "--text_path", encoder, "--prompt", "a big fox, clean", "-o", str(page)])
     shown, original, tuned = (panel.astype(float) for panel in panels(page, 3))
     inside, edge = slice(SMALLEST // 4 + 9, -SMALLEST // 4 - 9), SMALLEST // 4 - 9  # away from the mask's edge
-    assert (
-        np.abs(original - shown)[:edge].mean() < 8
-    )  # of 255 grey levels: the autoencoder's error of a picture without flaws
+    # Of 255 grey levels: the autoencoder's error of a picture without flaws.
+    assert np.abs(original - shown)[:edge].mean() < 8
     assert np.abs(original - shown)[inside, inside].mean() > 15  # grey there
     assert (original == tuned).all()  # the encoder is the model's own

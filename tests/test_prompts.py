@@ -160,11 +160,8 @@ def test_other_files_are_refused_in_one_line(tmp_path):
 
 def test_damaged_archives_and_endless_brackets_are_no_tracebacks(tmp_path):
     """Bytes changed anywhere in a compressed file end in one line, unless what it holds can be read all the same."""
-    whole, rng, refused = (
-        gzip.compress("".join(f"prompt {i} of many\n" for i in range(300)).encode()),
-        random.Random(0),
-        0,
-    )
+    whole = gzip.compress("".join(f"prompt {i} of many\n" for i in range(300)).encode())
+    rng, refused = random.Random(0), 0
     for name in ("p.csv.gz", "p.tsv.gz", "p.jsonl.gz", "p.txt.gz"):
         for _ in range(20):
             content = bytearray(whole)
