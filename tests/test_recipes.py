@@ -102,6 +102,8 @@ def test_training_recipes_have_the_papers_settings(call):
             assert options.model == f"{call.clone}/stable-diffusion-v1-5", recipe
             assert options.prompts == f"{call.clone}/openprompts.csv", recipe
             assert options.output_path == f"{call.clone}/output_{folder}", recipe
+            # One image with a UNet in training: four would need 31.5 GiB.
+            assert options.batch_size == (4 if tuned == "text" else 1), recipe
             assert images_per_update(done, options) == images, (recipe, gpus)
             assert options.save_every == 77, recipe
     assert parse_options(call("unet")[1]).text_path == f"{call.clone}/output_paper/tc_text.safetensors"
