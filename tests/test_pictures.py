@@ -135,6 +135,24 @@ def test_grids_show_each_image_enlarged_in_its_place(tmp_path):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["ba.png"]
 
 
+def test_before_and_after_shows_gains_and_losses_alike(tmp_path):
+    gains = [3.0, -5.0, 0.0, 9.0, 1.0, -1.0, 7.0]
+    assert pictures.spread_by_gain(torch.tensor(gains), 3) == [3, 4, 1]  # best, median, worst
+    assert pictures.spread_by_gain(torch.tensor(gains), 16) == [3, 6, 0, 4, 2, 5, 1]
+    assert pictures.spread_by_gain(torch.tensor([2.0]), 16) == [0]
+
+    before, after = torch.zeros(8), torch.tensor([*gains, 99.0])  # the eighth prompt's images were not kept
+    images = (torch.arange(7, dtype=torch.uint8) * 30 + 20)[:, None, None, None].expand(7, 3, 64, 64)
+    looks = [({"total": total, "clip": total}, images) for total in (before, after)]
+    prompts = [f"prompt {i}" for i in range(8)]
+    pictures.before_after_grid(*looks, prompts, "3 steps", tmp_path / "ba.png", ranked=3)
+    page = np.array(Image.open(tmp_path / "ba.png").convert("L"))
+    areas = {i: (page == 20 + 30 * i).sum() for i in range(7)}
+    assert [i for i in areas if areas[i] > 192 * 192] == [1, 3, 4]
+    places = [np.argwhere(page == 20 + 30 * i).mean(0) for i in (3, 4, 1)]  # row by row, left to right
+    assert places == sorted(places, key=lambda place: (round(place[0], -2), place[1]))
+
+
 def test_curves_are_drawn_from_rows_with_gaps(tmp_path):
     rows = [{"step": i, "total": i / 10, "clip": float("nan") if i == 2 else 1.0, "grad_norm": 0.5} for i in range(4)]
     rows[3] |= {"val_total": 0.3, "val_clip": 0.2}

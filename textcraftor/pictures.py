@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -31,17 +32,34 @@ def sample_grid(images, prompts, scores, step):
     return grid([[image] for image in images], prompts, notes, f"step {step} · {means}")
 
 
-def before_after_grid(before, after, prompts, tuned, path):
+def before_after_grid(before, after, prompts, tuned, path, ranked=0):
     """Write a PNG of image pairs, before training on the left and after it on the right, each above its prompt.
 
-    before, after: (scores, images) as in sample_grid; tuned: what was trained and how long, for the title.
+    before, after: (scores, images) as in sample_grid; tuned: what was trained and how long, for the title; ranked: show
+    only this many pairs, chosen by spread_by_gain; 0 = all, in their order.
     """
     (first, first_images), (last, last_images) = before, after
-    notes = [f"total {x:.2f} → {y:.2f}" for x, y in zip(first["total"], last["total"], strict=True)]
+    pairs, order = list(zip(first_images, last_images, strict=False)), ""  # a resumed run may have kept fewer before
+    shown = range(len(pairs))
+    if ranked:
+        gains = (last["total"] - first["total"])[: len(pairs)]
+        shown, order = spread_by_gain(gains, ranked), ", from the largest gain in total to the largest loss"
+        order += f" ({len(shown)} of {len(pairs)} pairs, evenly spaced)" if len(shown) < len(pairs) else ""
+    notes = [f"total {first['total'][i]:.2f} → {last['total'][i]:.2f}" for i in shown]
     ends = {name: (first[name].mean(), last[name].mean()) for name in last}
     means = " · ".join(f"{name}{NBSP}{x:.4g}{NBSP}→{NBSP}{y:.4g}" for name, (x, y) in ends.items())
-    title = f"before (left) and after {tuned} (right) · {means}"
-    save(grid(list(zip(first_images, last_images, strict=True)), prompts, notes, title), path)
+    title = f"before (left) and after {tuned} (right){order} · {means}"
+    save(grid([pairs[i] for i in shown], [prompts[i] for i in shown], notes, title), path)
+
+
+def spread_by_gain(gains, most):
+    """Choose at most `most` pairs that show gains and losses alike: indices from the largest gain to the largest loss,
+    evenly spaced by rank, both ends included.
+
+    gains: (N,) tensor, what each prompt's total gained.
+    """
+    ranks = torch.linspace(0, len(gains) - 1, min(most, len(gains))).round().long()
+    return gains.argsort(descending=True, stable=True)[ranks].tolist()
 
 
 def grid(groups, prompts, notes, title):

@@ -16,11 +16,12 @@ from textcraftor.statistics import paired_table
 from textcraftor.trackers import log_picture
 from textcraftor.training_options import tested_steps
 
-PICTURES = 8  # held-out prompts in a grid of pictures
+PICTURES = 8  # held-out prompts in a grid of samples
+PAIRS, KEPT = 16, 64  # pairs in before_after.png, and the images that they are chosen from: 50 MB at 512 × 512
 
 
 def look(run, step, count, check_stop):
-    """Sample the first `count` held-out prompts as at test time and draw some -> (scores, images), see validate.
+    """Sample the first `count` held-out prompts as at test time, draw the first few -> (scores, images), see validate.
 
     run: the training script's Run. With all held-out prompts this is a validation: the scores join the last row of
     metrics.csv, and the best weights are kept.
@@ -36,7 +37,7 @@ def look(run, step, count, check_stop):
         run.say(f"first, {count} held-out prompts as they are before training")
     with run.averaged():
         scores, images = validate(
-            run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, PICTURES, check_stop
+            run.accelerator, sample, run.rewards, run.monitors, held_out, run.args.batch_size, KEPT, check_stop
         )
     if count == len(run.data.held_out) and "val_total" not in run.record.rows[-1]:
         means = {f"val_{name}": score.mean().item() for name, score in scores.items()}
@@ -51,7 +52,7 @@ def look(run, step, count, check_stop):
         run.record.amend(means)
         run.say(f"step {step}, held out: " + ", ".join(f"{name} {s.mean():.4g}" for name, s in scores.items()))
     if is_main and run.args.sample_every:
-        picture = sample_grid(images, held_out, scores, step)
+        picture = sample_grid(images[:PICTURES], held_out, scores, step)
         try:
             save_picture(picture, run.output / "samples" / f"step_{step:06d}.png")
         except UserError as problem:  # a full disk, say: training goes on
@@ -116,7 +117,8 @@ def show_results(run, last_step, after):
     """Draw before and after and the curves, and print what the run changed and where its files are."""
     before = load_look(run.output / "resume" / "before.safetensors")
     save_look(*after, last_step, run.output / "resume" / "after.safetensors")  # a model card gives intervals
-    before_after_grid(before, after, run.data.held_out, f"{last_step} steps", run.output / "before_after.png")
+    picture = run.output / "before_after.png"
+    before_after_grid(before, after, run.data.held_out, f"{last_step} steps", picture, ranked=PAIRS)
     monitor_names = [monitor.name for monitor in run.monitors]
     reward_curves(run.record.rows, run.names, monitor_names, run.output / "curves.png")
     print(paired_table(before[0], after[0]))
