@@ -49,7 +49,9 @@ def main(argv=None):
     drawn, both = [], tunes_unconditional([args.text_path])
     for encoder in (model.text_encoder, tuned):
         networks = make_networks(model, encoder, both)
-        image, maps = draw_with_maps(networks, scheduler, args.prompt, noise, args.grad_steps, args.guidance)
+        image, maps = draw_with_maps(
+            networks, scheduler, args.prompt, noise, args.grad_steps, args.guidance, args.prompt_weighting
+        )
         drawn.append((image, word_maps(maps, words)))
     note = (
         f"Cross-attention of each word, mean over heads, layers and the last {args.grad_steps} of {args.step} steps, "

@@ -43,7 +43,8 @@ def parse(description, name, extra=(), argv=None, model=MODEL, text_path=TEXT_PA
     if args.model == "miniature":
         args.model, settings["guidance"] = MINIATURE_MODEL, miniature_defaults()["guidance"]
     # What the encoders were trained for comes before these.
-    vars(args).update(settings | shared_settings(paths, {"tune_unconditional"}, "use encoders that agree"))
+    per_encoder = {"tune_unconditional", "prompt_weighting"}  # attach_encoder reads them
+    vars(args).update(settings | shared_settings(paths, per_encoder, "use encoders that agree"))
     require(args, {"seed": 0})
     if not args.prompt.strip():
         raise UserError("--prompt is empty; say what to draw")

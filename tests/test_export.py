@@ -467,12 +467,13 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         ("diffusers", exported("diffusers", tuned, stable_diffusion, tmp_path / "whole"), tuned, {}),
         ("text_encoder", exported("text_encoder", tuned, stable_diffusion, encoder_folder), tuned, {}),
         ("text_encoder", encoder_folder, tuned, {"step": 10, "grad_steps": 10, "guidance": 4.0}),  # in all steps
+        ("text_encoder", encoder_folder, tuned, {"step": 10, "grad_steps": 6, "prompt_weighting": 0.5}),
         ("lora", full, tmp_path / "full_rank.safetensors", {}),
     ):
         card = model_card("ada/x", form, path.name, str(stable_diffusion), [], "", settings)
         settings = as_in_the_paper | settings
         code = card.split("```python\n")[1].split("```")[0]
-        assert len(code.strip().splitlines()) <= 16
+        assert len(code.strip().splitlines()) <= (18 if "prompt_weighting" in settings else 16)
         code = code.replace('"ada/x"', repr(str(tmp_path if form == "lora" else path)))
         code = code.replace(f'"{stable_diffusion.name}"', repr(str(stable_diffusion)))
         head, last, _ = code.rpartition("image =")
@@ -486,6 +487,7 @@ def test_the_lines_of_a_card_use_the_encoder_as_in_the_paper(stable_diffusion, t
         load_text_encoder(encoder, weights)
         scheduler = make_scheduler(model.scheduler_config, settings["step"])
         how = {"tuned_steps": settings["grad_steps"], "guidance": settings["guidance"]}
+        how["weighting"] = settings.get("prompt_weighting", 1)
         with torch.no_grad():
             wanted = make_images(make_networks(model, encoder), scheduler, [names["prompt"]], noise, **how)[0]
         pixels = torch.from_numpy(np.array(names["image"])).permute(2, 0, 1) / 255

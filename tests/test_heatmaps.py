@@ -183,11 +183,13 @@ def test_the_program_makes_a_picture(stable_diffusion, tuned, tmp_path, capsys):
 
 def test_steps_and_guidance_are_those_that_the_encoder_was_trained_for(tuned, tmp_path):
     path = tmp_path / "tc_text.safetensors"
-    save_text_encoder(tuned.state_dict(), path, record({"step": 10, "grad_steps": 6, "guidance": 3.0}))
+    save_text_encoder(
+        tuned.state_dict(), path, record({"step": 10, "grad_steps": 6, "guidance": 3, "prompt_weighting": 0.5})
+    )
     for more, expected in (([], (10, 6, 3.0)), (["--step", "20"], (20, 6, 3.0)), (["--guidance", "2"], (10, 6, 2.0))):
         for model in ("x", "miniature"):
             args = parse_options("", ["fox", "--text_path", str(path), "--model", model, *more])
-            assert (args.step, args.grad_steps, args.guidance) == expected
+            assert (args.step, args.grad_steps, args.guidance) == expected and args.prompt_weighting == 0.5
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):

@@ -24,13 +24,15 @@ from textcraftor.weight_files import read_text_encoder, save_text_encoder
 
 @pytest.fixture
 def files(stable_diffusion, tmp_path):
-    """Two tuned encoders, trained with the empty prompt and without."""
+    """A tuned encoder trained with the empty prompt, without it, and with a --prompt_weighting of a half."""
     state, generator = read_text_encoder(stable_diffusion, ""), torch.Generator().manual_seed(1)
     state = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
     found = {}
-    for how in ("on", "off"):
+    for how, own in {
+        "on": {"tune_unconditional": "on"}, "off": {"tune_unconditional": "off"}, "half": {"prompt_weighting": 0.5},
+    }.items():  # fmt: skip
         found[how] = str(tmp_path / f"{how}.safetensors")
-        settings = {"step": 10, "grad_steps": 6, "guidance": 3.0, "tune_unconditional": how}
+        settings = {"step": 10, "grad_steps": 6, "guidance": 3.0} | own
         save_text_encoder(state, found[how], record(settings))
     return found
 
@@ -62,13 +64,20 @@ def test_a_run_says_how_it_sampled_and_later_programs_follow(work, command):  # 
 
 
 def test_tests_follow_a_unet_and_the_weighting_too(work, command, files):  # noqa: F811
-    """The encoder's settings win where both have some."""
+    """An encoder and a UNet of different settings leave the choice to the user."""
     run = ["--max_steps", 1, "--lr_text", 0, "--lr_unet", "1e-6", "--guidance", 4, "--prompt_weighting", 0.5]
     train(*command, *run)
     unet = ["--output_path", "x", "--unet_path", "output/tc_unet.safetensors"]
     test = parse_test_options(PARTI, "", ["--text_path", "", *unet])
     assert (test.step, test.guidance, test.prompt_weighting) == (3, 4, 0.5)
-    test = parse_test_options(PARTI, "", ["--text_path", files["on"], *unet])
+    both = ["--text_path", files["on"], *unet]
+    choice = ["--step", 10, "--grad_steps", 6, "--guidance", 3]
+    for flags in ([], choice[:2], choice[:4]):
+        with pytest.raises(
+            UserError, match=r"tc_unet\.safetensors for [\d.]+; choose one with --(step|grad_steps|guid)"
+        ):
+            parse_test_options(PARTI, "", [*both, *map(str, flags)])
+    test = parse_test_options(PARTI, "", [*both, *map(str, choice)])
     assert (test.step, test.grad_steps, test.guidance, test.prompt_weighting) == (10, 6, 3, 0.5)
 
 
@@ -112,14 +121,17 @@ def test_test_programs_and_pipelines_make_the_same_image(stable_diffusion, files
     noise = torch.from_numpy(np.random.default_rng([5, 7]).standard_normal((1, 4, 8, 8), dtype=np.float32))
     monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", lambda *arguments: noise.clone())
     images = {}
-    for how, both in (("on", True), ("off", False)):
-        settings = {"seed": 5, "grad_steps": 6, "guidance": 3.0, "tune_unconditional": both}
+    for how, own in {"on": {}, "off": {"tune_unconditional": False}, "half": {"weighting": 0.5}}.items():
+        settings = {"seed": 5, "grad_steps": 6, "guidance": 3.0} | own
         ours = generate(pipeline, tuned, ["a red fox"], [7], **settings)
         attach_encoder(pipeline, files[how])  # 6 steps, as the files say
         stock = pipeline("a red fox", num_inference_steps=10, guidance_scale=3.0, output_type="pt").images
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
         images[how] = ours
-    assert (images["on"] - images["off"]).abs().max() > 1e-3
+    assert all((images["on"] - images[how]).abs().max() > 1e-3 for how in ("off", "half"))
+    attach_encoder(pipeline, [(files["half"], 1.0), (files["half"], 1.0)])  # their halves add up
+    stock = pipeline("a red fox", num_inference_steps=10, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(images["on"], stock, rtol=0, atol=1e-5)
 
 
 def test_merged_and_exported_files_say_it_too(stable_diffusion, files, tmp_path):

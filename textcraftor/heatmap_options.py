@@ -25,6 +25,7 @@ OPTIONS = (
     ("--step",             25,                        "T, number of DDIM steps"),
     ("--grad_steps",       TEST_TUNED_STEPS,          "last steps that use the tuned encoder; the maps average them"),
     ("--guidance",         7.5,                       "classifier-free guidance scale"),
+    ("--prompt_weighting", 1.0,                       "w: tuned steps use w * tuned + (1 - w) * original embeddings"),
     ("--seed",             TEST_SEED,                 "seed of the noise, which both images share"),
     ("--mixed_precision",  ("auto", "no", "fp16", "bf16"), "precision of the networks; maps are always fp32"),
 )
@@ -39,8 +40,8 @@ WORD = regex.compile(rf"(?V1)\p{{Han}}|{LETTERS}(?:['’\-]{LETTERS})*|(?=\p{{S}
 def parse_options(description, argv=None):
     """Command line -> options, all checked.
 
-    Steps and guidance are by default those that the encoder was trained for, then the miniature's own guidance. Raises
-    UserError, one line, for options that make no sense.
+    Steps, guidance and weighting are by default those that the encoder was trained for, then the miniature's own
+    guidance. Raises UserError, one line, for options that make no sense.
     """
     parser = make_parser(description, OPTIONS)
     parser.add_argument("prompt", help="what to draw, in quotes")
@@ -58,7 +59,7 @@ def parse_options(description, argv=None):
 
 def check_options(args):
     """Raise UserError, one line, for options that make no sense together or a picture that could not be written."""
-    require(args, {"step grad_steps guidance": 1, "seed": 0})
+    require(args, {"step grad_steps guidance": 1, "prompt_weighting seed": 0})
     check_tuned_steps(args)
     if not args.text_path:
         raise UserError("no --text_path: name the tuned text encoder to compare with the original one")

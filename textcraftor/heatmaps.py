@@ -128,15 +128,18 @@ def record_attention(unet, size, skip=0):
 
 
 @torch.inference_mode()
-def draw_with_maps(networks, scheduler, prompt, noise, tuned_steps, guidance):
+def draw_with_maps(networks, scheduler, prompt, noise, tuned_steps, guidance, weighting=1.0):
     """Draw one prompt -> (image (3, H, W) in [0, 1]; maps (L, h, w) of all its tokens), both fp32 on the CPU.
 
     noise: (1, C, h, w). The maps average the last `tuned_steps` steps, the ones that the tuned encoder drives: the
-    steps before them are the same whatever the encoder, and would only hide the difference. See make_images.
+    steps before them are the same whatever the encoder, and would only hide the difference. See make_images, also for
+    guidance and weighting.
     """
     skip = first_tuned(scheduler, tuned_steps)
     with record_attention(networks.unet, tuple(noise.shape[-2:]), skip) as recorder:
-        (image,) = make_images(networks, scheduler, [prompt], noise, tuned_steps=tuned_steps, guidance=guidance)
+        (image,) = make_images(
+            networks, scheduler, [prompt], noise, tuned_steps=tuned_steps, guidance=guidance, weighting=weighting
+        )
     return image.float().cpu(), recorder.maps()[0].cpu()
 
 

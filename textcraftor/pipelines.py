@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from textcraftor.errors import UserError
 from textcraftor.mixing import mix
 from textcraftor.options import TEST_TUNED_STEPS
-from textcraftor.recorded import TESTED, shared_settings, tunes_unconditional
+from textcraftor.recorded import TESTED, recorded_settings, shared_settings, tunes_unconditional
 from textcraftor.weight_files import load_text_encoder, needs_base
 
 
@@ -27,11 +27,12 @@ def attach_encoder(pipeline, tuned, tuned_steps=None, tune_unconditional=None):
     negative_prompt_embeds: it must encode the prompts itself. Other pipelines that share its networks do not change.
     A callback_on_step_end still works, but prompt_embeds that it returns have no effect in the tuned steps.
     tuned: a CLIPTextModel, or weights as load_text_encoder takes them; or a list [(tuned, w), …] of several with their
-    weights, for Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (Figures 4 and 5). With the next prompt it moves to the pipeline's device.
+    weights, for Σ wᵢ Tᵢ + (1 − Σ wᵢ) T₀ (Figures 4 and 5). A weight file that says that it was trained with another
+    --prompt_weighting than 1 has its weight multiplied by that. With the next prompt it moves to the pipeline's device.
     tuned_steps: how many steps at the end of a call, at least 0; by default as many as the weight files say that they
-    were trained for, and 15 if they do not say. Image to image, which skips the first steps, has as
-    many tuned ones as text to image. What counts is steps, not evaluations of the UNet: second-order schedulers need
-    two for each step but the last, and PNDM two for the first.
+    were trained for, and 15 if they do not say. Image to image, which skips the first steps, has as many tuned ones as
+    text to image. What counts is steps, not evaluations of the UNet: second-order schedulers need two for each step but
+    the last, and PNDM two for the first.
     tune_unconditional: whether the tuned encoder encodes the negative prompt as well; by default as the weight files
     say that they were trained, and yes if they do not say.
 
@@ -63,7 +64,7 @@ def attach_encoder(pipeline, tuned, tuned_steps=None, tune_unconditional=None):
         raise UserError(f"tuned_steps is {tuned_steps!r}; expected a whole number of steps, 0 or more")
     if tune_unconditional is None:
         tune_unconditional = tunes_unconditional(files, "say which with tune_unconditional=True or False")
-    fitting = [(_fitting(each, own), weight) for each, weight in pairs]
+    fitting = [(_fitting(each, own), weight * _weighting(each)) for each, weight in pairs]
     switch = _Switch(pipeline, fitting, tuned_steps, tune_unconditional)
     pipeline.encode_prompt, pipeline.progress_bar = switch.encode_prompt, switch.progress_bar
 
@@ -98,6 +99,11 @@ def _fitting(tuned, own):
             f"the tuned text encoder has hidden size {width}, the pipeline's {expected}: they are of different models"
         )
     return tuned
+
+
+def _weighting(tuned):
+    """The --prompt_weighting that a weight file was trained with, 1 if it does not say."""
+    return recorded_settings(tuned).get("prompt_weighting", 1) if isinstance(tuned, (str, Path)) else 1
 
 
 def _token_embeddings(encoded):

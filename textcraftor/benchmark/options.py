@@ -85,9 +85,8 @@ def parse_options(benchmark: Benchmark, description: str, argv: list[str] | None
         guidance, prompts = miniature_defaults()["guidance"], str(MINIATURE / "benchmarks" / benchmark.prompts)
         parser.set_defaults(weights=str(MINIATURE), prompts=prompts, guidance=guidance, batch_size=16)
     # What the weights were trained for comes before these defaults, and flags come before both.
-    of_unet = shared_settings([args.unet_path] if args.unet_path else [], given)
-    of_encoders = shared_settings([path for path, _ in encoders], given)
-    parser.set_defaults(**{"tune_unconditional": "on"} | of_unet | of_encoders)
+    tuned = [path for path, _ in encoders] + ([args.unet_path] if args.unet_path else [])
+    parser.set_defaults(**{"tune_unconditional": "on"} | shared_settings(tuned, given))
     args = parser.parse_args(argv)
     args.tune_unconditional = args.tune_unconditional or parser.get_default("tune_unconditional")
     args.fetch = fetch

@@ -82,6 +82,10 @@ with torch.no_grad():
 # The negative prompt's embeddings come first in `tuned`.
 ORIGINAL_NEGATIVE = """
 tuned[:1] = pipe.encode_prompt(prompt, pipe.device, 1, True)[1].detach()  # the negative prompt stays the original's"""
+# --prompt_weighting: the original encoder keeps the rest.
+WEIGHTED = """
+with torch.no_grad():
+    tuned = torch.cat(pipe.encode_prompt(prompt, pipe.device, 1, True)[::-1]).lerp(tuned, {weighting:g})"""
 SCHEDULER = """
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 """
@@ -105,6 +109,10 @@ COMFYUI_SWITCH = (
     "To keep the original encoder in the first steps, encode {prompts} with both, pass the original's through "
     "*ConditioningSetTimestepRange* with 0 to {share:g} and the tuned one's with {share:g} to 1, and join them with "
     "*ConditioningCombine*."
+)
+COMFYUI_WEIGHTED = (
+    " Before that, mix both by *ConditioningAverage*: `conditioning_to` is the tuned one's, `conditioning_to_strength` "
+    "{weighting:g}."
 )
 
 
@@ -130,10 +138,12 @@ def model_card(repo: str, form: str, file: str, model: str, training: list[str],
     names = {"repo": repo, "file": file, "base": base}
     steps, tuned_steps = settings.get("step", TEST_STEPS), settings.get("grad_steps", TEST_TUNED_STEPS)
     first, both = steps - tuned_steps, settings.get("tune_unconditional", "on") == "on"
+    weighting = settings.get("prompt_weighting", 1)
+    mixed = "" if weighting == 1 else f", its embeddings weighted {weighting:g} and the original ones {1 - weighting:g}"
     parts = [f"---\n{data.to_yaml()}\n---\n# {repo.split('/')[1]}"]
     parts += [
         f"The text encoder of {base}, fine-tuned with rewards by [TextCraftor]({PAPER}). The original encoder drives "
-        f"the first {first} of {steps} steps, this one the last {tuned_steps}"
+        f"the first {first} of {steps} steps, this one the last {tuned_steps}{mixed}"
         f"{'.' if both else ', and the original one the negative prompt in all of them.'}"
     ]
     if form in CODE:
@@ -141,10 +151,12 @@ def model_card(repo: str, form: str, file: str, model: str, training: list[str],
             last_original=first - 1, steps=steps, guidance=settings.get("guidance", 7.5)
         )
         code = CODE[form].format(**names, embed=EMBED) + ("" if both else ORIGINAL_NEGATIVE)
+        code += "" if weighting == 1 else WEIGHTED.format(weighting=weighting)
         parts += [f"## In diffusers\n\n```python\n{BEGIN}{code}{switch}```"]
     if form in COMFYUI:
         prompts = "the prompts" if both else "the prompt, but not the negative one,"
         switch = COMFYUI_SWITCH.format(prompts=prompts, share=round(first / steps, 3))
+        switch += "" if weighting == 1 else COMFYUI_WEIGHTED.format(weighting=weighting)
         parts += [f"## In ComfyUI\n\n{COMFYUI[form].format(**names)} {switch}"]
     if "lora" in form:
         parts += [f"This LoRA approximates the difference of two encoders. {note[:1].upper()}{note[1:]}."]
