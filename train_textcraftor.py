@@ -19,7 +19,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -57,7 +57,7 @@ from textcraftor.models import Networks, check_model, latent_shape, load_model, 
 from textcraftor.objective import training_objective
 from textcraftor.precision import PRECISIONS
 from textcraftor.processes import Stopped, make_accelerator, raise_if_stopped, settle_precision, stop_signals
-from textcraftor.run_folder import Record, read_options
+from textcraftor.run_folder import Record, only_run, read_options
 from textcraftor.sampling import make_images, make_scheduler, training_sampler
 from textcraftor.stream import batch_numbers, reused, samples_shown
 from textcraftor.trackers import start_trackers
@@ -72,13 +72,14 @@ def main(argv=None):
     args = parse_options(argv)
     quiet_libraries()
     functions = check_inputs(args)
-    if (ready := set_up(args, functions)) is None:  # --fill
-        return
-    run, first_step, last_step = ready
-    after = train(run, first_step, last_step)
-    if after and run.accelerator.is_main_process:
-        show_results(run, last_step, after)
-    run.accelerator.end_training()
+    with nullcontext() if args.fill else only_run(args.output_path):
+        if (ready := set_up(args, functions)) is None:  # --fill
+            return
+        run, first_step, last_step = ready
+        after = train(run, first_step, last_step)
+        if after and run.accelerator.is_main_process:
+            show_results(run, last_step, after)
+        run.accelerator.end_training()
 
 
 def check_inputs(args):

@@ -32,6 +32,7 @@ from rewards import load_reward
 from textcraftor import precision, processes, run_folder, training_options
 from textcraftor.errors import UserError, run_program
 from textcraftor.models import load_model, make_networks
+from textcraftor.run_folder import only_run, read_rows
 from textcraftor.sampling import make_images, make_scheduler
 from textcraftor.stream import training_batch
 from textcraftor.training_options import parse_options
@@ -394,6 +395,19 @@ def test_second_stage_trains_the_unet_under_the_tuned_text_encoder(work, command
     }
     # It starts where the first stage ended: all steps of 3 are tuned at test time.
     assert table("unet")[0]["val_total"] == pytest.approx(table("text")[-1]["val_total"])
+
+
+def test_two_runs_never_write_to_one_folder(work, command):
+    """Neither a new one while the first has made no update, nor one that resumes; when it ends, either may."""
+    with only_run("output"), pytest.raises(UserError, match="output: another run is writing here"):
+        train(*command)
+    assert not Path("output/options.json").exists()
+    train(*command, "--max_steps", 1)
+    with only_run("output"):
+        refused = script(*command, "--max_steps", 2, "--resume")
+    assert refused.stderr.splitlines()[-1].startswith("error: output: another run is writing here")
+    train(*command, "--max_steps", 2, "--resume")
+    assert read_rows("output/metrics.csv")[-1]["step"] == 2
 
 
 def test_validation_samples_as_at_test_time(work, command, monkeypatch):

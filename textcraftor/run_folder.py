@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import os
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from textcraftor.errors import UserError, first_line
@@ -28,6 +31,26 @@ def check_folder(folder, resume):
         read_options(folder)
         if not (folder / "metrics.csv").is_file():
             raise UserError(f"--resume: {folder}/metrics.csv is missing; put it back, or start another run elsewhere")
+
+
+@contextmanager
+def only_run(folder):
+    """A context in which no other run may write to `folder`; UserError if one already does.
+
+    The operating system lifts the lock when the process ends, however it ends. Only the main process takes it.
+    """
+    with ExitStack() as held:
+        if os.environ.get("RANK", "0") == "0":
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(Path(folder) / ".lock", timeout=0, fallback_to_soft=False))
+            except Timeout:
+                raise UserError(
+                    f"{folder}: another run is writing here; wait for its end, or choose another --output-path"
+                ) from None
+            except OSError as problem:  # a network file system without locks
+                print(f"{folder}: cannot be locked ({first_line(problem)}): start no second run here", flush=True)
+        yield
 
 
 def _stopped_at_once(folder):
