@@ -112,7 +112,7 @@ def look(way: str, updates: int) -> dict:
 
 def draw(base: dict, equal: dict[str, int], to: Path) -> None:
     """Total and judge over the FLOPs spent: before, after UPDATES, and after as many FLOPs as the default run's."""
-    figure, panels = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
     titles = {"total": "total reward", "right": "judge: right (%)", "clean": "judge: clean (%)"}
     titles |= {"right_and_clean": "judge: both (%)"}
     for panel, (score, title) in zip(panels, titles.items(), strict=True):
@@ -123,7 +123,7 @@ def draw(base: dict, equal: dict[str, int], to: Path) -> None:
             panel.plot(teraflops, [scale * scores[score].mean() for scores in points.values()], marker="o", label=way)
         panel.set(xlabel="TFLOP spent in training", title=title)
         panel.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
     figure.savefig(to, dpi=90)
 
 
