@@ -37,20 +37,30 @@ def check_folder(folder, resume):
 def only_run(folder):
     """A context in which no other run may write to `folder`; UserError if one already does.
 
-    The operating system lifts the lock when the process ends, however it ends. Only the main process takes it.
+    The operating system lifts the lock when the process ends, however it ends. Only the main process takes it. A folder
+    made for it goes again if nothing was written there.
     """
+    folder = Path(folder)
+    lock, is_new = folder / ".lock", not folder.exists()
     with ExitStack() as held:
         if os.environ.get("RANK", "0") == "0":
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                held.enter_context(FileLock(Path(folder) / ".lock", timeout=0, fallback_to_soft=False))
+                held.enter_context(FileLock(lock, timeout=0, fallback_to_soft=False))
             except Timeout:
                 raise UserError(
                     f"{folder}: another run is writing here; wait for its end, or choose another --output-path"
                 ) from None
             except OSError as problem:  # a network file system without locks
                 print(f"{folder}: cannot be locked ({first_line(problem)}): start no second run here", flush=True)
+            held.callback(_remove_if_unused, folder, lock, is_new)
         yield
+
+
+def _remove_if_unused(folder, lock, is_new):
+    if is_new and list(folder.iterdir()) == [lock]:
+        lock.unlink()
+        folder.rmdir()
 
 
 def _stopped_at_once(folder):
