@@ -60,7 +60,8 @@ def moody(images, prompts):
     if CALLS in map(int, os.environ.get("NAN_AT", "").split()):
         scores = scores * math.nan
     if str(CALLS) == os.environ.get("SIGNAL_AT"):
-        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        for _ in range(2 if os.environ["SIGNAL"] == "15" else 1):  # SIGTERM: from a job's manager and its launcher
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
     return scores
 
 def mortal(images, prompts):

@@ -220,4 +220,3 @@ def fill_bank(bank, accelerator, networks, scheduler, guidance, batch, entries: 
             fill()
         except KeyboardInterrupt:
             raise UserError("--fill: stopped; finished entries are kept; repeat the command to continue") from None
-    accelerator.wait_for_everyone()

@@ -60,8 +60,10 @@ def checkpoint_bytes(trained: list[Trained], averages: bool = False) -> tuple[in
 
     averages: whether a moving average of the weights is kept, in the state and in a file of its own.
     """
-    weights = 4 * sum(weight.numel() for weight in all_weights(trained))
-    return weights, (3 if averages else 2) * weights
+    parameters = all_weights(trained)
+    weights = 4 * sum(parameter.numel() for parameter in parameters)
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)  # FSDP's state holds the weights too
+    return weights, (2 + averages + sharded) * weights
 
 
 def check_disk(folder: Path, trained: list[Trained], keep: int, averages: bool = False) -> None:

@@ -38,7 +38,8 @@ def run_program(main) -> None:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every program imports
             sys.exit(
                 f"error: {first_line(error)} Use a smaller --batch-size; in training, more "
-                "--gradient_accumulation_steps make up for it, and --vae_checkpointing needs less memory for each image"
+                "--gradient_accumulation_steps make up for it, --vae_checkpointing needs less memory for each image, "
+                "and on a GPU without bf16, --mixed_precision fp16 needs half as much"
             )
         if any(backend in str(error) for backend in ("gloo", "NCCL")):
             time.sleep(30)  # another process probably failed first: the launcher ends this one

@@ -24,7 +24,7 @@ def choose_precision(requested: str, device: torch.device | str) -> tuple[str, s
         return requested, "as requested"
     if kind == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU has bf16") if fast else ("no", "this GPU has no bf16")
+        return ("bf16", "this GPU has bf16") if fast else ("no", "this GPU has no bf16; fp16 needs half the memory")
     if kind == "cpu":
         fast = cpu_has_fast_bf16()
         return ("bf16", "this CPU has bf16 instructions") if fast else ("no", "this CPU has no bf16 instructions")

@@ -13,6 +13,7 @@ from accelerate.utils import (
     GradScalerKwargs,
     parse_flag_from_env,
 )
+from packaging.version import Version
 
 from textcraftor.errors import UserError
 from textcraftor.precision import choose_precision
@@ -59,6 +60,13 @@ def make_accelerator(args, loss_scale):
         raise UserError(f"{accelerator.distributed_type.value}: not supported; to shard a network, use FSDP version 2")
     if accelerator.is_fsdp2 and args.lr_text and args.lr_unet:
         raise UserError("FSDP can shard only one network; train the text encoder first, then the UNet")
+    recomputes = args.gradient_checkpointing == "full" and args.grad_range[1] > 1
+    if accelerator.is_fsdp2 and recomputes and Version(torch.__version__) < Version("2.11"):
+        # Recomputing a second step, it leaves the weights of the inner layers sharded (pytorch, pull request 171779).
+        raise UserError(
+            f"FSDP of torch {torch.__version__} cannot recompute more than one step; use torch 2.11 or newer, or "
+            "--gradient_checkpointing none"
+        )
     for option in ("ema", "lora_rank"):
         if accelerator.is_fsdp2 and getattr(args, option):
             raise UserError(f"--{option} does not work with FSDP; leave it out")
@@ -71,12 +79,16 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM instead of ending the process; a second one ends it as usual."""
+    """Yield a list that collects SIGINT and SIGTERM instead of ending the process; a second SIGINT ends it as usual.
+
+    SIGTERM may come twice, from whatever manages the job and from the launcher of several processes.
+    """
     received = []
 
     def note(number, frame):
         received.append(number)
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -59,6 +59,7 @@ def predict_noise(unet, guidance, z, t, conditions, split=False):
     split: the unconditional rows have no gradient. Where z_t and the UNet have none either, the UNet runs on them apart
     and keeps nothing for the backward pass, which costs half as much.
     """
+    t = torch.as_tensor(t).to(z.device, non_blocking=True)  # the UNet itself would wait for the copy
     if split and torch.is_grad_enabled() and not (z.requires_grad or any(w.requires_grad for w in unet.parameters())):
         halves = [{name: value.chunk(2)[i] for name, value in conditions.items()} for i in (0, 1)]
         dtype = next(unet.parameters()).dtype
@@ -67,7 +68,6 @@ def predict_noise(unet, guidance, z, t, conditions, split=False):
             unconditional = unet(z.to(dtype), t, **halves[0]).sample.to(z.dtype)
         conditional = unet(z.to(dtype), t, **halves[1]).sample.to(z.dtype)
         return unconditional + guidance * (conditional - unconditional)
-    t = torch.as_tensor(t)
     t = torch.cat([t, t]) if t.ndim else t
     dtype = next(unet.parameters()).dtype  # a wrapped network does not know its own
     conditions = {name: value.to(dtype) for name, value in conditions.items()}

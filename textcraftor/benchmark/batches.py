@@ -28,8 +28,9 @@ def work_through(
 ) -> bool:
     """Do work(batch of rows) for all rows whose index is not in `done`; add the results to `done` and to the table.
 
-    Each process works on two batches at a time, in threads. On a GPU, one batch is generated while the other is scored
-    and saved. On a CPU each thread gets half of the cores, which small networks use better than one batch uses all.
+    Each process works on two batches at a time, in threads. The GPU takes their work in turn, while a CPU encodes
+    pictures and prompts. On a CPU each thread gets half of the cores, which small networks use better than one batch
+    uses all.
     Returns False if a signal ended the work early.
     """
     shares = _shares(accelerator, rows, done, batch_size)
