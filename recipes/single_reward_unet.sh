@@ -3,7 +3,7 @@
 #   sh recipes/single_reward_unet.sh hpsv2
 recipe=$1_unet
 . "$(dirname -- "$0")/common.sh"
-per_gpu=1  # 23.6 GiB; four images need 31.5
+per_gpu=1  # 23.6 GiB, 30 on several GPUs with accumulation; four images need 7.9 more
 
 weights=$(alone "${1:-}") || exit 1
 encoder=${output}_$1/tc_text.safetensors

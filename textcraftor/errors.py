@@ -29,7 +29,7 @@ def run_program(main) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # every process probably has this error: let rank 0 report it
+            time.sleep(15)  # every process probably has this error: let rank 0 report it
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
