@@ -99,6 +99,9 @@ launch() {
     if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
         fail "$nodes nodes, but MASTER_ADDR is not set; set it to the name or address of the first node"
     fi
+    if [ "$nodes" -gt 1 ] && [ -z "${NODE_RANK:-${SLURM_NODEID:-}}" ]; then
+        fail "$nodes nodes, but NODE_RANK is not set; set it to 0 on the first node, 1 on the next"
+    fi
     if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_TASKS:-$nodes}" -gt "$nodes" ]; then
         fail "srun started $SLURM_STEP_NUM_TASKS tasks on $nodes nodes, but one per node runs all of the node's GPUs;" \
             "use: srun --ntasks-per-node=1"

@@ -113,6 +113,7 @@ def test_each_machine_that_does_not_fit_is_told_so_in_one_line(repository, progr
         (OLD, {"VIRTUAL_ENV": "/env", "LACKS": "1"}, "/env, does not fit: ; run: pip install -r"),
         (OLD, {"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "mine", "LACKS": "1"}, "/conda, does not fit: ; run:"),
         (OLD, ACTIVE | {"NNODES": "2", "GPUS": "8"}, "MASTER_ADDR"),
+        (OLD, ACTIVE | {"NNODES": "2", "GPUS": "8", "MASTER_ADDR": "n1"}, "NODE_RANK is not set"),
         (OLD, ACTIVE | TORCHRUN, "no GPU"),
         (OLD, ACTIVE | SRUN | {"SLURM_STEP_NUM_TASKS": "16", "MASTER_ADDR": "n1"}, "--ntasks-per-node=1"),
     ]:

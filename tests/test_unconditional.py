@@ -1,6 +1,7 @@
 """--tune_unconditional off: the empty prompt keeps the original embedding, in training, tests and pipelines."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_tests_follow_a_unet_and_the_weighting_too(work, command, files):  # noq
     assert (test.step, test.grad_steps, test.guidance, test.prompt_weighting) == (10, 6, 3, 0.5)
 
 
-def test_a_hub_id_says_what_its_weights_say(files, monkeypatch):
+def test_a_hub_id_says_what_its_weights_say(files, monkeypatch, tmp_path):
     """Whatever name of the two its text encoder has there; without a network, loading the weights complains."""
     for name in ENCODERS:
 
@@ -95,11 +96,14 @@ def test_a_hub_id_says_what_its_weights_say(files, monkeypatch):
         options = parse_test_options(PARTI, "", ["--text_path", "ada/tuned"])
         assert (options.step, options.tune_unconditional) == (10, "off")
         assert recorded_settings("ada/other") == {}
+    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: asked.append(names))
     assert not any(
         recorded_settings(f"ada/tuned{suffix}") for suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
     )
+    Path("ada").mkdir()
+    assert not recorded_settings("ada/tuned_without_its_suffix")
     assert not asked, "a mistyped path is no business of the hub"
 
 

@@ -14,7 +14,7 @@ import huggingface_hub
 from textcraftor.errors import UserError
 
 ENCODERS = ("model.safetensors", "text_encoder/model.safetensors")  # in the folders that export.py writes
-# USER/NAME, but not a mistyped path of a weight file, which would wait for the hub to say no.
+# USER/NAME, but not a mistyped path of a weight file, which would wait for the hub to say no; nor one in a folder.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)(?<!\.bin)")
 KEY = "textcraftor"  # in the metadata of a safetensors file
 # Options of the test programs whose defaults come from the weights.
@@ -29,7 +29,7 @@ def record(settings: Mapping) -> dict[str, str]:
 def recorded_settings(path: Path | str) -> dict:
     """The settings in the header of a safetensors file, or of the text encoder in a folder or behind a hub id, which is
     fetched into the hub's cache; {} if there are none."""
-    if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
+    if HUB_ID.fullmatch(str(path)) and not Path(path).exists() and not Path(path).parent.is_dir():
         path = _from_hub(str(path)) or path
     path = next((Path(path) / name for name in ENCODERS if (Path(path) / name).is_file()), path)
     try:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import secrets
+import sys
 from pathlib import Path
 
 from rewards import REWARDS
@@ -188,7 +189,8 @@ def check_options(args):
     if args.lr_text == args.lr_unet == 0:
         raise UserError("--lr_text 0 --lr_unet 0: nothing would be trained; set one to a learning rate such as 1e-6")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
-        raise UserError(f"--report_to {args.report_to}: not installed; run: pip install {args.report_to}")
+        install = f"{sys.executable} -m pip install {args.report_to}"
+        raise UserError(f"--report_to {args.report_to}: not installed; run: {install}")
     if not args.fill:  # which writes nothing there
         check_folder(args.output_path, args.resume)
 
