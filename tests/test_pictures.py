@@ -143,7 +143,9 @@ def test_before_and_after_shows_gains_and_losses_alike(tmp_path):
 
     before, after = torch.zeros(8), torch.tensor([*gains, 99.0])  # the eighth prompt's images were not kept
     images = (torch.arange(7, dtype=torch.uint8) * 30 + 20)[:, None, None, None].expand(7, 3, 64, 64)
-    looks = [({"total": total, "clip": total}, images) for total in (before, after)]
+    looks = [
+        ({"total": total, "clip": total}, kept) for total, kept in ((before, images), (after, images[[*range(7), 0]]))
+    ]
     prompts = [f"prompt {i}" for i in range(8)]
     pictures.before_after_grid(*looks, prompts, "3 steps", tmp_path / "ba.png", ranked=3)
     page = np.array(Image.open(tmp_path / "ba.png").convert("L"))

@@ -39,12 +39,13 @@ def before_after_grid(before, after, prompts, tuned, path, ranked=0):
     only this many pairs, chosen by spread_by_gain; 0 = all, in their order.
     """
     (first, first_images), (last, last_images) = before, after
-    pairs, order = list(zip(first_images, last_images, strict=False)), ""  # a resumed run may have kept fewer before
-    shown = range(len(pairs))
+    count = min(len(first_images), len(last_images))  # a run that an earlier version began kept fewer before
+    pairs = list(zip(first_images[:count], last_images[:count], strict=True))
+    shown, order = range(count), ""
     if ranked:
-        gains = (last["total"] - first["total"])[: len(pairs)]
+        gains = (last["total"] - first["total"])[:count]
         shown, order = spread_by_gain(gains, ranked), ", from the largest gain in total to the largest loss"
-        order += f" ({len(shown)} of {len(pairs)} pairs, evenly spaced)" if len(shown) < len(pairs) else ""
+        order += f" ({len(shown)} of {count} pairs, evenly spaced)" if len(shown) < count else ""
     notes = [f"total {first['total'][i]:.2f} → {last['total'][i]:.2f}" for i in shown]
     ends = {name: (first[name].mean(), last[name].mean()) for name in last}
     means = " · ".join(f"{name}{NBSP}{x:.4g}{NBSP}→{NBSP}{y:.4g}" for name, (x, y) in ends.items())
