@@ -7,10 +7,10 @@ case " $* " in
     *) miniature='' output=$repository/output ;;
 esac
 
-# train IMAGES OPTIONS...: train with IMAGES per optimizer step on any number of GPUs and write to output_RECIPE. Each GPU
-# takes micro-batches of the --batch-size among the options, else of $per_gpu, else of 4. All recipes share 25 steps, K =
-# 5, a learning rate of 1e-6 and 10,000 updates of the text encoder; options given here come later and win. With `--model miniature` the
-# batch, K, the text encoder's learning rate and the number of updates are the miniature's own.
+# train IMAGES OPTIONS...: train with IMAGES per optimizer step on any number of GPUs and write to output_RECIPE. Each
+# GPU takes micro-batches of the --batch-size among the options, else of $per_gpu, else of 4. All recipes share 25 steps,
+# K = 5, a learning rate of 1e-6 and 10,000 updates of the text encoder; options given here come later and win. With
+# `--model miniature` the batch, K, the text encoder's learning rate and the number of updates are the miniature's own.
 train() {
     images=$1
     shift

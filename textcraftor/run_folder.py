@@ -58,8 +58,8 @@ def only_run(folder):
 
 
 def _remove_if_unused(folder, lock, is_new):
-    if is_new and list(folder.iterdir()) == [lock]:
-        lock.unlink()
+    if is_new and set(folder.iterdir()) <= {lock}:
+        lock.unlink(missing_ok=True)
         folder.rmdir()
 
 
