@@ -181,6 +181,20 @@ def test_the_program_makes_a_picture(stable_diffusion, tuned, tmp_path, capsys):
     assert page.format == "PNG" and page.width > 5 * 192 and len(page.getcolors(10**6)) > 1000
 
 
+def test_the_weighting_of_the_training_is_that_of_the_picture(stable_diffusion, tuned, tmp_path, monkeypatch):
+    path, found = tmp_path / "tc_text.safetensors", []
+    save_text_encoder(tuned.state_dict(), path, record({"prompt_weighting": 0.5}))
+
+    def draw(*arguments, **options):
+        found.append(options["weighting"])
+        return make_images(*arguments, **options)
+
+    monkeypatch.setattr("textcraftor.heatmaps.make_images", draw)
+    model = ["--model", str(stable_diffusion), "--step", "2", "--grad_steps", "1", "-o", str(tmp_path / "a.png")]
+    heatmaps.main(["a fox", "--text_path", str(path), *model])
+    assert found == [0.5, 0.5]
+
+
 def test_steps_and_guidance_are_those_that_the_encoder_was_trained_for(tuned, tmp_path):
     path = tmp_path / "tc_text.safetensors"
     save_text_encoder(
